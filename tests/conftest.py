@@ -1,0 +1,46 @@
+"""What all tests share: examples drawn by hypothesis are the same every time, a busy machine fails none of them, and small datasets."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+settings.register_profile("repeat", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeat")
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    "A folder with real COCO images, named by POET_COCO."
+    root = Path(os.environ.get("POET_COCO", ""))
+    if not os.environ.get("POET_COCO") or not (root / "annotations").is_dir(): pytest.skip("POET_COCO names no folder in COCO's layout")
+    return root
+
+
+PERSON = dict(id=1, name="person", supercategory="person", skeleton=[[1, 2], [1, 3]], keypoints=["nose", "left_hand", "right_hand"])
+
+
+def person(id: int = 1, image_id: int = 1, **changes) -> dict:
+    "An annotation with three joints: visible, hidden, not labelled."
+    return {**dict(id=id, image_id=image_id, category_id=1, keypoints=[10, 8, 2, 12, 9, 1, 0, 0, 0], num_keypoints=2, bbox=[5., 5., 10., 12.],
+                   area=80., iscrowd=0, segmentation=[[5, 5, 15, 5, 15, 17.5]]), **changes}
+
+
+@pytest.fixture
+def made(tmp_path):
+    "made(annotations, images=None, categories=None): folder of images and file of a small dataset, 3 images of 40 x 30 pixels unless told otherwise."
+    def make(annotations, images=None, categories=None):
+        if images is None:
+            images = [dict(id=i, width=40, height=30, file_name=f"{i}.jpg") for i in (1, 2, 3)]
+            pixels = np.random.default_rng(0).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8)
+            for i in (1, 2, 3): Image.fromarray(pixels[i - 1]).save(tmp_path / f"{i}.jpg", quality=95)
+        file = tmp_path / "made.json"
+        file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=[PERSON] if categories is None else categories)))
+        return tmp_path, file
+    return make

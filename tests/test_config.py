@@ -1,0 +1,192 @@
+"""Configuration: whatever is valid survives every road, whatever is not is refused with the field's name."""
+import dataclasses
+import json
+import os
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poet_nb.config import (Config, ConfigError, DataConfig, DataError, LossConfig, ModelConfig, PoetError, TrainConfig, config_from_dict, load_config, override,
+                            preset, save_config, write_atomic)
+
+PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainConfig)
+PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny"]
+FIELDS = [(part, f.name) for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
+KINDS = {(part, name): kind for part, cls in PARTS.items() for name, kind in typing.get_type_hints(cls).items()}
+CHOICES = {"stride": (8, 16, 32), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
+           "matcher_norm": ("squared", "plain"), "schedule": ("step", "cosine"), "amp": ("none", "bf16", "fp16")}
+TOGETHER = {"hidden_dim": st.just(24), "nheads": st.sampled_from([1, 2, 3, 4, 6]), "batch_size": st.just(12), "accumulate": st.sampled_from([1, 2, 3, 4, 6, 12]),
+            "crop_size": st.tuples(st.integers(1, 50), st.integers(50, 99))}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+def values(part, name):
+    "Valid values of a field."
+    kind = KINDS[part, name]
+    if name in CHOICES: return st.sampled_from(CHOICES[name])
+    if name in TOGETHER: return TOGETHER[name]
+    if typing.get_origin(kind) is tuple: return st.lists(st.integers(1, 2000), min_size=1, max_size=4).map(tuple)
+    return {bool: st.booleans(), str: TEXT, int: st.integers(1, 1000), float: st.floats(1e-6, 1)}[kind]
+
+
+CONFIGS = st.fixed_dictionaries({}, optional={f: values(*f) for f in FIELDS}).map(
+    lambda chosen: Config(name="drawn", **{part: cls(**{n: v for (p, n), v in chosen.items() if p == part} | together(part, chosen)) for part, cls in PARTS.items()}))
+
+
+def together(part, chosen):
+    "Fields that bind each other are set as a pair."
+    return {"model": dict(hidden_dim=24, nheads=chosen.get(("model", "nheads"), 4)), "train": dict(batch_size=12, accumulate=chosen.get(("train", "accumulate"), 1))}.get(part, {})
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**20, 10**20) | st.floats() | TEXT, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=5)
+
+
+# ---- what is valid ------------------------------------------------------------------------------------------------------
+
+@given(CONFIGS)
+def test_a_configuration_survives_dict_json_and_file(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    save_config(config, path)
+    for back in (config_from_dict(config.to_dict()), config_from_dict(json.loads(json.dumps(config.to_dict()))), load_config(path), load_config(path.parent), load_config(str(path))):
+        assert back == config and hash(back) == hash(config)
+        assert all(type(getattr(getattr(back, p), n)) is type(getattr(getattr(config, p), n)) for p, n in FIELDS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_name_and_survive(name):
+    assert preset(name).name == name and config_from_dict(preset(name).to_dict()) == preset(name) == preset(name)
+
+
+@given(st.sampled_from(FIELDS), st.data())
+def test_override_changes_one_field_by_value_or_by_text(field, data):
+    part, name = field
+    value, base = data.draw(values(part, name)), preset("poet_tiny")
+    if name == "hidden_dim": base = override(base, **{"model.nheads": 1})
+    if name == "nheads": base = override(base, **{"model.hidden_dim": 24})
+    if name in ("batch_size", "accumulate"): base = override(base, **{"train.batch_size": 12})
+    changed = override(base, **{f"{part}.{name}": value})
+    text = value if isinstance(value, str) else json.dumps(value)
+    assert changed == override(base, **{f"{part}__{name}": value}) == override(base, **{f"{part}.{name}": text})
+    assert getattr(getattr(changed, part), name) == value
+    assert dataclasses.replace(changed, **{part: dataclasses.replace(getattr(changed, part), **{name: getattr(getattr(base, part), name)})}) == base
+
+
+@pytest.mark.parametrize("folder", ["2017", "null", "true", "[1]", '"half', "1e3", "NaN", "data/a b", "9" * 5000, ""])
+def test_text_stays_text_where_a_field_is_text(folder):
+    assert override(preset("poet_tiny"), **{"data.root": folder}).data.root == folder
+    assert override(preset("poet_tiny"), **{"data.root": json.dumps(folder)}).data.root == folder
+    assert override(preset("poet_tiny"), name=folder).name == folder
+
+
+def test_whole_numbers_do_for_real_ones_and_lists_for_tuples():
+    config = override(preset("poet_tiny"), **{"train.lr": 1, "data.scales": [64, 96], "train.lr_drops": "[3, 5]"})
+    assert type(config.train.lr) is float and config.data.scales == (64, 96) and config.train.lr_drops == (3, 5)
+
+
+def test_no_drops_at_all_is_a_schedule():
+    assert override(preset("poet_r50"), **{"train.lr_drops": []}).train.lr_drops == ()
+
+
+def test_missing_fields_take_their_default_and_configurations_can_not_be_changed():
+    assert config_from_dict({}).model == ModelConfig() and config_from_dict({"model": {"num_queries": 7}}).model == ModelConfig(num_queries=7)
+    with pytest.raises(dataclasses.FrozenInstanceError): preset("poet_tiny").train.lr = 1.
+
+
+def test_the_two_losses_differ_in_the_absolute_term():
+    assert LossConfig.paper() == LossConfig() and LossConfig.paper().absolute_loss_coef == 0
+    official = LossConfig.official(visible="labelled")
+    assert (official.absolute_loss_coef, official.keypoints_loss_coef, official.centers_loss_coef, official.visibility_loss_coef) == (4, .5, .5, .2)
+    assert official.visible == "labelled" and LossConfig.official().visible == "visible" and issubclass(ConfigError, PoetError) and issubclass(DataError, ValueError)
+
+
+# ---- what is not --------------------------------------------------------------------------------------------------------
+
+@given(st.sampled_from(FIELDS), JSON)
+def test_any_json_in_any_field_is_taken_or_refused_by_name(field, value):
+    part, name = field
+    try: config = config_from_dict({part: {name: value}}, "here.json")
+    except ConfigError as error: assert f"{part}.{name}" in str(error) or "must divide" in str(error) or "divisible" in str(error)
+    else:
+        assert config == config, "no NaN gets in"
+        json.dumps(config.to_dict(), allow_nan=False)
+        assert config_from_dict(config.to_dict()) == config
+
+
+@given(JSON)
+def test_any_json_is_a_configuration_or_refused_with_the_files_name(d):
+    try: config_from_dict(d, "here.json")
+    except ConfigError as error: assert "here.json" in str(error)
+
+
+@given(JSON.filter(lambda v: not isinstance(v, dict)), st.sampled_from(sorted(PARTS)))
+def test_a_part_that_is_no_object_is_named(value, part):
+    with pytest.raises(ConfigError, match=f"here.json.*{part}"): config_from_dict({part: value}, "here.json")
+
+
+WRONG = {
+    "model.stride": [4, 64, 0, "16"], "model.backbone_norm": ["group", ""], "model.hidden_dim": [0, -8, 250, 8.5, True, None], "model.nheads": [0, 7], "model.num_queries": [0, -1, "25"],
+    "model.dropout": [-.1, 1.1, float("nan"), "a"], "model.enc_layers": [-1], "model.frozen_stages": [-1], "loss.loss": ["POET"], "loss.eos_coef": [-1, float("nan"), float("inf")],
+    "data.scales": [[], [0], [-5], [480, "512"], 480, [1.5], [[480]], [True]], "data.crop_size": [[400], [1, 2, 3], [600, 384], [0, 5], []], "data.crop_resize": [[0]],
+    "data.max_size": [0], "data.root": [3, None, ["a"]], "data.workers": [-1], "data.with_people_only": [1, "yes"], "data.rotation_degrees": [float("nan"), -1],
+    "train.batch_size": [0, 1.5], "train.accumulate": [0, 5], "train.lr": [0, -1e-4, float("inf"), float("nan"), "fast"], "train.weight_decay": [-1, float("nan")],
+    "train.schedule": ["linear"], "train.lr_drops": [[-1], 200], "train.amp": ["fp8"], "train.ema_decay": [1.5], "train.seed": [-1, .5], "train.eval_every": [0], "train.epochs": [0],
+    "train.pretrain_lr": [0, float("nan")], "train.nonfinite_patience": [0],
+}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f, vs in WRONG.items() for v in vs], ids=lambda x: str(x)[:24])
+def test_a_wrong_value_is_refused_with_the_name_of_its_field(field, value):
+    part, name = field.split(".")
+    with pytest.raises(ConfigError, match=f"here.json.*{part}.{name}"): config_from_dict({part: {name: value}}, "here.json")
+    if KINDS[part, name] is str or isinstance(value, str): return
+    with pytest.raises(ConfigError, match=field.replace(".", r"\.")): override(preset("poet_r50"), **{field: json.dumps(value)})
+
+
+@given(st.sampled_from(FIELDS), st.sampled_from("abcxyz_"), st.integers(0, 30))
+def test_a_slip_of_the_pen_gets_the_right_name(field, letter, place):
+    part, name = field
+    slip = name[:place] + letter + name[place:]
+    with pytest.raises(ConfigError) as error: config_from_dict({part: {slip: 1}}, "here.json")
+    assert repr(slip) in str(error.value) and "here.json" in str(error.value) and (repr(name) in str(error.value) or len(name) < 4 or "mean" in str(error.value))
+
+
+@pytest.mark.parametrize("key", ["lr", "train", "train.", ".lr", "optim.lr", "train.lr.x", "train.Lr", ""])
+def test_override_explains_how_a_field_is_written(key):
+    with pytest.raises(ConfigError): override(preset("poet_tiny"), **{key: 1})
+
+
+def test_unknown_presets_and_parts_are_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="'poet_r52'.*poet_r50.*poet_tiny"): preset("poet_r52")
+    with pytest.raises(ConfigError, match="'modle'.*'model'"): config_from_dict({"modle": {}})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"model": 3}', '{"model": {"stride": 5}}', "\x00", '{"train": {"lr": NaN}}', "[" * 100_000, '{"train": {"epochs": %s}}' % ("9" * 5000)], ids=lambda t: t[:20])
+def test_a_bad_file_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error: load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.json.*no such file"): load_config(tmp_path / "nothing.json")
+    with pytest.raises(ConfigError, match="config.json.*no such file"): load_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="config.json.*not valid JSON"): load_config(tmp_path)
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------------
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomic(path, "old")
+    def full(*_): raise OSError(28, "No space left on device")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as m:
+            m.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left"): write_atomic(path, b"new")
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    write_atomic(path, b"new")
+    assert path.read_text() == "new"

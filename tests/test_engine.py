@@ -1,0 +1,659 @@
+"""Engine: stopped and resumed runs, signals, damaged checkpoints, steps and images, a full disk, mixed precision, the learning rate."""
+import contextlib
+import copy
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from poet_nb import engine
+from poet_nb.backbone import BACKBONES
+from poet_nb.config import CheckpointError, Config, DataError, NonFiniteError, PoetError, override, preset, save_config
+from poet_nb.engine import fit, lr_factor, read_checkpoint, restore, save_checkpoint, start_phase, train_step
+from poet_nb.poet import Poet, build_poet
+from poet_nb.synth import SynthConfig, make_synth
+
+CPU = torch.device("cpu")
+
+
+class Micro(ResNet):
+    "A ResNet with a sixteenth of the channels: a step takes milliseconds."
+    def __init__(self, block, layers, norm_layer=nn.BatchNorm2d):
+        super().__init__(block, layers, norm_layer=norm_layer)
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False), norm_layer(4)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64: self.inplanes = 4
+        return super()._make_layer(block, planes // 16, blocks, stride, dilate)
+
+
+BACKBONES["resnet_micro"] = (Micro, BasicBlock, (1, 1, 1, 1))
+
+SMALL = {"data.scales": [48], "data.max_size": 48, "data.eval_scale": 48, "data.crop_resize": [48, 64], "data.crop_size": [32, 64], "data.pad_multiple": 16,
+         "data.workers": 0, "model.backbone": "resnet_micro", "model.hidden_dim": 16, "model.nheads": 2, "model.enc_layers": 1, "model.dec_layers": 2,
+         "model.dim_feedforward": 16, "model.num_queries": 6, "model.query_groups": 1, "train.epochs": 2, "train.pretrain_epochs": 1, "train.batch_size": 4,
+         "train.warmup_steps": 1, "train.device": "cpu", "train.amp": "none", "train.ema_decay": 0., "train.channels_last": False, "train.fold_bn": False}
+
+KINDS = { # settings of the runs that are interrupted; 13 images, batch 4: 3 steps an epoch, 9 in all
+    "dropout": {"model.dropout": .1, "model.attention_dropout": .1, "train.schedule": "step", "train.lr_drops": [1], "train.warmup_steps": 0},
+    "bf16": {"train.amp": "bf16", "train.accumulate": 2, "train.ema_decay": .9, "train.channels_last": True, "train.fold_bn": True, "model.query_groups": 2},
+    "fp16": {"train.amp": "fp16", "model.dropout": .1, "model.backbone_norm": "batch", "train.ema_decay": .5},
+}
+
+
+def small(root, kind="dropout", **changes) -> Config:
+    "A configuration that trains in seconds."
+    return override(preset("poet_tiny"), **(SMALL | KINDS[kind] | {"data.root": str(root)} | changes))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    "13 scenes to train on and 5 to score."
+    root = tmp_path_factory.mktemp("scenes")
+    for split, n in (("train2017", 13), ("val2017", 5)): make_synth(root, split, n=n, config=SynthConfig(size=64), seed=1, workers=1, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, tmp_path_factory):
+    "runs(kind): configuration and folder of a run that nothing disturbed; made once."
+    made = {}
+    def run(kind="dropout"):
+        if kind not in made:
+            folder, config = tmp_path_factory.mktemp("run") / kind, small(scenes, kind)
+            torch.set_num_threads(1)
+            fit(config, folder, progress=False)
+            made[kind] = config, folder
+        return made[kind]
+    return run
+
+
+class StopAfter(threading.Event):
+    "A request to stop that comes after so many steps."
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def is_set(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def fit_for(monkeypatch, steps, config, folder, resume=True):
+    "Train for some steps, then stop as after Ctrl-C."
+    with monkeypatch.context() as m:
+        m.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(StopAfter(steps)))
+        return fit(config, folder, resume=resume, progress=False)
+
+
+def without_times(folder, log):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / log).read_text().splitlines()]
+
+
+def left_by(folder) -> dict:
+    "All that a run has computed, times apart."
+    found = read_checkpoint(folder)
+    found.pop("seconds")
+    return dict(pretrain=without_times(folder, "pretrain.jsonl"), metrics=without_times(folder, "metrics.jsonl"),
+                predictions=(folder / "predictions.json").read_text(), weights=(folder / "model.safetensors").read_bytes(), checkpoint=found)
+
+
+def difference(a, b, where=""):
+    "Where two nested values first differ by so much as a bit; None if they do not."
+    if type(a) is not type(b): return f"{where}: {type(a)}, {type(b)}"
+    if isinstance(a, torch.Tensor): return None if a.dtype == b.dtype and torch.equal(a, b) else f"{where}: tensors"
+    if isinstance(a, dict):
+        if a.keys() != b.keys(): return f"{where}: keys {a.keys() ^ b.keys()}"
+        return next((d for k in a if (d := difference(a[k], b[k], f"{where}.{k}"))), None)
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b): return f"{where}: lengths {len(a)}, {len(b)}"
+        return next((d for i, pair in enumerate(zip(a, b)) if (d := difference(*pair, f"{where}[{i}]"))), None)
+    return None if a == b else f"{where}: {str(a)[:80]}, {str(b)[:80]}"
+
+
+def copied(folder, tmp_path) -> Path:
+    "A copy of a run, to spoil."
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_every_single_step_the_run_is_the_same_to_the_bit(runs, tmp_path, monkeypatch, capsys, kind):
+    config, whole = runs(kind)
+    places = []
+    for _ in range(20):
+        fit_for(monkeypatch, 1, config, tmp_path / "run")
+        found = read_checkpoint(tmp_path / "run")
+        places.append((found["phase"], found["epoch"], found["batch"]))
+        if "stopped" not in capsys.readouterr().err: break
+    assert {p[0] for p in places} == {"pretrain", "poet"} and len(places) == 10 and places[-1] == ("poet", 2, 0)
+    assert difference(left_by(whole), left_by(tmp_path / "run")) is None
+
+
+def test_loader_processes_change_nothing_and_may_change_in_between(runs, tmp_path, monkeypatch):
+    config, whole = runs("dropout")
+    for workers, steps in ((1, 2), (0, 3), (1, 100)): fit_for(monkeypatch, steps, override(config, **{"data.workers": workers}), tmp_path / "run")
+    ours = left_by(tmp_path / "run")
+    ours["checkpoint"]["config"] = config.to_dict()
+    assert difference(left_by(whole), ours) is None
+
+
+def test_the_data_may_move(runs, scenes, tmp_path, monkeypatch):
+    config, whole = runs("dropout")
+    moved = shutil.copytree(scenes, tmp_path / "elsewhere")
+    fit_for(monkeypatch, 4, config, tmp_path / "run")
+    log = fit(override(config, **{"data.root": str(moved)}), tmp_path / "run", resume=True, progress=False)
+    assert [line["train"] for line in log] == [line["train"] for line in without_times(whole, "metrics.jsonl")]
+
+
+def test_a_finished_run_has_nothing_left_to_do(runs, tmp_path, monkeypatch):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    monkeypatch.setattr(engine, "train_step", None)
+    assert len(fit(config, folder, resume=True, progress=False)) == 2
+    assert difference(left_by(whole), left_by(folder)) is None
+
+
+def test_resuming_where_nothing_is_begins(runs, tmp_path):
+    config, whole = runs("dropout")
+    fit(config, tmp_path / "new", resume=True, progress=False)
+    assert difference(left_by(whole), left_by(tmp_path / "new")) is None
+
+
+def test_a_log_that_is_ahead_of_the_checkpoint_is_cut(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    os.replace(folder / "checkpoint.prev.pt", folder / "checkpoint.pt") # as after a crash between log and checkpoint
+    with open(folder / "metrics.jsonl", "a") as f: f.write('{"epoch": 3, "trai')
+    fit(config, folder, resume=True, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+    assert [line["epoch"] for line in without_times(folder, "metrics.jsonl")] == [1, 2]
+
+
+def test_a_checkpoint_of_the_pretraining_cuts_the_whole_log_of_what_follows(runs, tmp_path, monkeypatch):
+    config, whole = runs("dropout")
+    fit_for(monkeypatch, 3, config, tmp_path / "early")
+    assert read_checkpoint(tmp_path / "early")["phase"] == "pretrain"
+    folder = copied(whole, tmp_path)
+    (folder / "checkpoint.prev.pt").unlink()
+    shutil.copy(tmp_path / "early/checkpoint.pt", folder / "checkpoint.pt") # as after the loss of the later ones
+    fit(config, folder, resume=True, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+
+
+# ---- signals: real ones, to a process of its own ------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+from poet_nb import engine
+from poet_nb.config import load_config
+import test_engine
+phase, epoch, batch, config, folder = sys.argv[1:]
+torch.set_num_threads(1)
+step = engine.train_step
+def told(state, *args):
+    if [state.phase, str(state.epoch), str(state.batch)] == [phase, epoch, batch]:
+        print("here", flush=True)
+        sys.stdin.readline()
+    return step(state, *args)
+engine.train_step = told
+engine.fit(load_config(config), folder, progress=False)
+print("returned")
+"""
+SIGNALS = {"SIGINT": ("poet", 1, 1, 1), "SIGTERM": ("pretrain", 0, 1, 0), "SIGKILL": ("poet", 1, 2, 0)} # phase, epoch, batch and loader processes
+
+
+@pytest.fixture(scope="module")
+def processes(scenes, tmp_path_factory):
+    "A training run for each signal, all started at once, each waiting at its place."
+    started = {}
+    for name, (phase, epoch, batch, workers) in SIGNALS.items():
+        folder = tmp_path_factory.mktemp(name)
+        save_config(small(scenes, **{"data.workers": workers}), folder / "wanted.json")
+        command = [sys.executable, "-c", SCRIPT, phase, str(epoch), str(batch), str(folder / "wanted.json"), str(folder / "run")]
+        path = os.pathsep.join(map(str, [Path(__file__).parent, Path(engine.__file__).parents[1]]))
+        started[name] = folder, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    yield started
+    for _, process in started.values():
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(runs, processes, name):
+    folder, process = processes[name]
+    assert process.stdout.readline() == "here\n", process.stderr.read()
+    os.killpg(process.pid, getattr(signal, name)) # to the whole group, as the terminal does
+    out, err = process.communicate("\n", timeout=120)
+    if name == "SIGKILL": assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 0 and "returned" in out, err
+        assert "go on with --resume" in err and "Traceback" not in err
+        found, (phase, epoch, batch, _) = read_checkpoint(folder / "run"), SIGNALS[name]
+        assert (found["phase"], found["epoch"], found["batch"]) == (phase, epoch, batch + 1), "the step was finished, and is counted"
+    assert not list((folder / "run").glob(".*")), "no half-written files"
+    config, whole = runs("dropout")
+    fit(config, folder / "run", resume=True, progress=False)
+    ours = left_by(folder / "run")
+    assert difference(left_by(whole), ours | dict(checkpoint=ours["checkpoint"] | dict(config=config.to_dict()))) is None
+
+
+def test_the_second_signal_stops_at_once_and_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        with engine.stop_requests() as asked:
+            assert not asked.is_set()
+            signal.raise_signal(signal.SIGTERM)
+            assert asked.is_set()
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    seen = []
+    def ask():
+        with engine.stop_requests() as asked: seen.append(asked.is_set())
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+# ---- checkpoints that are damaged, foreign or dangerous -----------------------------------------------------------------
+
+class Payload:
+    "An object that makes a file when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:-1000])
+def empty(path): path.write_bytes(b"")
+def noise(path): path.write_bytes(bytes(range(256)) * 40)
+def code(path): torch.save(dict(task=Payload(path.with_name("executed"))), path)
+def plain_pickle(path): path.write_bytes(pickle.dumps(Payload(path.with_name("executed"))))
+def something_else(path): torch.save({"weight": torch.zeros(3)}, path)
+def a_tensor(path): torch.save(torch.zeros(3), path)
+
+
+DAMAGES = [cut, empty, noise, code, plain_pickle, something_else, a_tensor]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_stands_in_for_a_damaged_one(runs, tmp_path, capsys, damage):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    damage(folder / "checkpoint.pt")
+    found = read_checkpoint(folder)
+    said = capsys.readouterr().err
+    assert "warning" in said and str(folder / "checkpoint.pt") in said and "going on from" in said and "checkpoint.prev.pt" in said
+    assert found["phase"] == "poet" and not (folder / "executed").exists()
+    if damage is not cut: return
+    fit(config, folder, resume=True, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_two_damaged_checkpoints_are_an_error_that_names_both(runs, tmp_path, damage):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"): damage(folder / name)
+    log = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError) as error: fit(config, folder, resume=True, progress=False)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"): assert str(folder / name) in str(error.value)
+    assert not (folder / "executed").exists(), "a checkpoint is never executed"
+    assert (folder / "metrics.jsonl").read_bytes() == log, "the log is left as it was"
+
+
+def test_a_crash_between_the_two_renamings_loses_nothing(runs, tmp_path, capsys):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    (folder / "checkpoint.prev.pt").unlink()
+    os.replace(folder / "checkpoint.pt", folder / "checkpoint.prev.pt")
+    fit(config, folder, resume=True, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+
+
+def test_another_configuration_is_refused_with_the_fields(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    other = override(config, **{"train.lr": .5, "model.dec_layers": 3, "data.scales": [32], "data.root": config.data.root, "data.workers": 1})
+    with pytest.raises(CheckpointError) as error: fit(other, folder, resume=True, progress=False)
+    said = str(error.value)
+    assert "train.lr: 0.0005 -> 0.5" in said and "model.dec_layers: 2 -> 3" in said and "data.scales" in said
+    assert "workers" not in said and "root" not in said
+    assert difference(left_by(whole), left_by(folder)) is None, "nothing is touched"
+
+
+def test_a_folder_with_a_run_is_refused_unless_resumed(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    with pytest.raises(CheckpointError, match="holds a run already.*--resume"): fit(config, folder, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+
+
+# ---- a full disk --------------------------------------------------------------------------------------------------------
+
+def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failed_save_leaves_the_checkpoints_there_were(runs, scenes, tmp_path, monkeypatch):
+    folder = copied(runs("dropout")[1], tmp_path)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    config = small(scenes)
+    state = start_phase("poet", Poet(config), config, CPU)
+    def write_half(content, file):
+        file.write(b"half")
+        full()
+    for patch in ((os, "fsync", full), (torch, "save", write_half)):
+        with monkeypatch.context() as m:
+            m.setattr(*patch)
+            with pytest.raises((OSError, PoetError), match="No space left"): save_checkpoint(state, config, folder)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before, "the files that were there, no others"
+    assert read_checkpoint(folder)["epoch"] == 2
+
+
+def test_wherever_the_disk_is_full_the_run_goes_on_later(scenes, tmp_path, monkeypatch):
+    config, real = small(scenes, **{"train.epochs": 1, "train.batch_size": 6}), os.fsync
+    def files_until(limit, folder, outcome):
+        "Train with room for so many files; gives the number written."
+        written = 0
+        def counted(file):
+            nonlocal written
+            written += 1
+            if written > limit: full()
+            real(file)
+        with monkeypatch.context() as m, outcome:
+            m.setattr(os, "fsync", counted)
+            fit(config, folder, progress=False)
+        return written
+    total = files_until(1000, tmp_path / "whole", contextlib.nullcontext())
+    assert total >= 8, "configuration, environment, two logs, two checkpoints, weights, predictions"
+    for limit in range(total):
+        folder = tmp_path / str(limit)
+        files_until(limit, folder, pytest.raises((OSError, PoetError), match="No space left"))
+        assert not list(folder.glob(".*")), "no half-written file"
+        fit(config, folder, resume=(folder / "config.json").exists(), progress=False)
+        assert difference(left_by(tmp_path / "whole"), left_by(folder)) is None, f"room for {limit} files"
+        shutil.rmtree(folder)
+
+
+# ---- steps that are not finite ------------------------------------------------------------------------------------------
+
+def poisoned(monkeypatch, when, how="loss"):
+    "Spoil the training steps for which when(image_ids) holds, on the way forward or on the way back; gives the list of spoilt batches."
+    spoilt, forward = [], engine.PoetLoss.forward
+    def bad(self, samples, targets, *args):
+        losses, ids = forward(self, samples, targets, *args), [int(t["image_id"]) for t in targets]
+        if not when(ids): return losses
+        spoilt.append(ids)
+        if how == "loss": return losses | dict(loss=losses["loss"] * float("nan"))
+        first = next(self.parameters()).sum()
+        return losses | dict(loss=losses["loss"] + (first - first.detach()).sqrt()) # the root of zero: a finite loss with an infinite gradient
+    monkeypatch.setattr(engine.PoetLoss, "forward", bad)
+    return spoilt
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_and_written_down(scenes, tmp_path, monkeypatch, how):
+    config = small(scenes, **{"train.pretrain_epochs": 0})
+    spoilt, steps = poisoned(monkeypatch, lambda ids: 3 in ids, how), []
+    def watched(state, *args):
+        before = copy.deepcopy((dict(state.task.state_dict()), state.optimizer.state_dict()["state"]))
+        try: return train_step(state, *args)
+        except NonFiniteError:
+            assert difference(before, (dict(state.task.state_dict()), state.optimizer.state_dict()["state"])) is None, "nothing was applied"
+            raise
+        finally: steps.append(state.batch)
+    monkeypatch.setattr(engine, "train_step", watched)
+    log = fit(config, tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/nonfinite.jsonl").read_text().splitlines()]
+    assert spoilt and [line["images"] for line in lines] == spoilt and all(3 in line["images"] for line in lines)
+    assert all({"phase", "epoch", "batch", "error"} <= line.keys() and "not finite" in line["error"] for line in lines)
+    assert len(steps) == 6 and len(log) == 2
+    assert all(math.isfinite(v) for line in log for v in line["train"].values()), "the means are those of the good steps"
+    assert all(p.isfinite().all() for p in build_poet(tmp_path / "run").parameters())
+
+
+def test_too_many_bad_steps_stop_the_run_with_its_last_good_state(scenes, tmp_path, monkeypatch):
+    config, count, good = small(scenes, **{"train.batch_size": 2}), [0], []
+    def late(ids):
+        count[0] += 1
+        return count[0] > 2 # the first two steps of the phase are good
+    def watched(state, *args):
+        losses = train_step(state, *args)
+        good.append((state.phase, copy.deepcopy(dict(state.task.state_dict()))))
+        return losses
+    with monkeypatch.context() as m:
+        poisoned(m, late)
+        m.setattr(engine, "train_step", watched)
+        with pytest.raises(NonFiniteError, match="3 steps in a row") as error: fit(config, tmp_path / "run", progress=False)
+    assert "nonfinite.jsonl" in str(error.value) and "images" in str(error.value)
+    assert len((tmp_path / "run/nonfinite.jsonl").read_text().splitlines()) == 3
+    found = read_checkpoint(tmp_path / "run")
+    assert [phase for phase, _ in good] == ["pretrain"] * 6 + ["poet"] * 2
+    assert found["phase"] == "poet" and difference(good[-1][1], dict(found["task"])) is None, "no good step is lost"
+    log = fit(config, tmp_path / "run", resume=True, progress=False) # the reason is gone
+    assert len(log) == 2 and all(math.isfinite(line["train"]["loss"]) for line in log)
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not_stop_a_run(scenes, tmp_path, monkeypatch):
+    config, count = small(scenes, **{"train.pretrain_epochs": 0, "train.epochs": 3, "train.nonfinite_patience": 2}), [0]
+    def every_other(ids):
+        count[0] += 1
+        return count[0] % 2 == 0
+    spoilt = poisoned(monkeypatch, every_other)
+    assert len(fit(config, tmp_path / "run", progress=False)) == 3 and len(spoilt) == 4
+
+
+def test_broken_weights_are_found_by_the_matcher(scenes, tmp_path):
+    config = small(scenes)
+    state = start_phase("poet", Poet(config), config, CPU)
+    with torch.no_grad(): state.task.poet.class_embed.bias[0] = float("nan")
+    loader, _ = engine.train_loader(config, CPU)
+    samples, targets = next(iter(loader))
+    with pytest.raises(NonFiniteError) as error: train_step(state, [(samples, targets)], config, CPU)
+    assert all(str(int(t["image_id"])) in str(error.value) for t in targets) and "class" in str(error.value)
+
+
+# ---- images that can't be read ------------------------------------------------------------------------------------------
+
+def truncate(root, split, image_id) -> Path:
+    path = root / split / f"{image_id:012d}.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_in_training_is_skipped_counted_and_told(scenes, tmp_path, capsys, workers):
+    root = shutil.copytree(scenes, tmp_path / "data")
+    config = small(root, **{"data.workers": workers, "train.batch_size": 13})
+    bad = truncate(root, "train2017", 5)
+    log = fit(config, tmp_path / "run", progress=False)
+    pretrain = without_times(tmp_path / "run", "pretrain.jsonl")
+    assert [line["skipped"] for line in pretrain + log] == [[str(bad)]] * 3, "in every epoch anew"
+    said = capsys.readouterr().err
+    assert said.count("unreadable") == 3 and str(bad) in said
+    assert all("skipped" not in line for line in fit(small(scenes, **{"train.epochs": 1}), tmp_path / "good", progress=False))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_in_evaluation_is_an_error_and_costs_no_training(runs, scenes, tmp_path, monkeypatch, workers):
+    whole = runs("dropout")[1]
+    root = shutil.copytree(scenes, tmp_path / "data")
+    config = small(root, **{"data.workers": workers})
+    bad = truncate(root, "val2017", 4)
+    with pytest.raises(DataError) as error: fit(config, tmp_path / "run", progress=False)
+    assert str(bad) in str(error.value)
+    shutil.copy(scenes / "val2017" / bad.name, bad)
+    steps = []
+    monkeypatch.setattr(engine, "train_step", lambda *args: steps.append(1) or train_step(*args))
+    fit(config, tmp_path / "run", resume=True, progress=False)
+    assert len(steps) == 3, "the epoch before the failed evaluation is not trained again"
+    assert difference(without_times(whole, "metrics.jsonl"), without_times(tmp_path / "run", "metrics.jsonl")) is None
+
+
+@pytest.mark.parametrize("changes", [{"train.batch_size": 40, "train.accumulate": 40}, {"train.batch_size": 40, "train.accumulate": 2}])
+def test_a_batch_larger_than_the_dataset_trains_or_is_refused(scenes, tmp_path, changes):
+    config = small(scenes, **{"train.epochs": 1, "train.pretrain_epochs": 0, **changes})
+    try: log = fit(config, tmp_path / "run", progress=False)
+    except PoetError as error: assert "train.batch_size" in str(error) and "13" in str(error)
+    else: assert math.isfinite(log[0]["train"]["loss"]) and log[0]["images"] == 13
+
+
+def test_a_split_without_images_is_refused(scenes, tmp_path):
+    root = shutil.copytree(scenes, tmp_path / "data")
+    file = root / "annotations/person_keypoints_train2017.json"
+    coco = json.loads(file.read_text())
+    file.write_text(json.dumps(coco | dict(images=[], annotations=[])))
+    with pytest.raises(PoetError, match="train2017"): fit(small(root), tmp_path / "run", progress=False)
+
+
+# ---- where a run starts from --------------------------------------------------------------------------------------------
+
+def test_a_run_can_start_from_another_run_or_its_weights(runs, scenes, tmp_path):
+    _, whole = runs("dropout")
+    config, firsts = small(scenes, **{"train.epochs": 1}), []
+    for i, source in enumerate((whole, whole / "model.safetensors")):
+        log = fit(config, tmp_path / str(i), init=source, progress=False)
+        assert not (tmp_path / str(i) / "pretrain.jsonl").exists(), "no pretraining: the weights are trained"
+        firsts.append(log[0]["train"])
+    assert firsts[0] == firsts[1] != without_times(whole, "metrics.jsonl")[0]["train"]
+
+
+# ---- mixed precision ----------------------------------------------------------------------------------------------------
+
+def one_step(config, samples, targets, clip, scale=None):
+    "Gradients that an optimiser step uses, from the same weights every time; and the state after it."
+    config = override(config, **{"train.clip_max_norm": clip, "model.dropout": 0.})
+    torch.manual_seed(0)
+    state = start_phase("poet", Poet(config), config, CPU)
+    if scale: state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    losses = train_step(state, [(samples, targets)], config, CPU)
+    return torch.cat([p.grad.flatten() for p in state.task.parameters() if p.grad is not None]), state, losses
+
+
+@pytest.mark.parametrize("clip", [0., .1])
+def test_fp16_gradients_are_unscaled_before_they_are_clipped(scenes, clip):
+    half, single = small(scenes, "fp16"), small(scenes, "fp16", **{"train.amp": "none"})
+    samples, targets = next(iter(engine.train_loader(half, CPU)[0]))
+    exact, _, _ = one_step(single, samples, targets, clip)
+    for scale in (1., 16., 256.):
+        ours, state, _ = one_step(half, samples, targets, clip, scale)
+        assert state.scaler.get_scale() == scale, "the step was not skipped"
+        assert torch.cosine_similarity(ours, exact, 0) > .99 and math.isclose(ours.norm(), exact.norm(), rel_tol=.05)
+    if clip: assert math.isclose(ours.norm(), clip, rel_tol=1e-3), "this batch has a gradient that is clipped"
+
+
+def test_an_fp16_overflow_skips_the_step_and_halves_a_scale_that_is_kept(scenes, tmp_path):
+    config = small(scenes, "fp16")
+    samples, targets = next(iter(engine.train_loader(config, CPU)[0]))
+    torch.manual_seed(0)
+    state = start_phase("poet", Poet(config), config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.**60)
+    before = copy.deepcopy(dict(state.task.named_parameters()))
+    train_step(state, [(samples, targets)], config, CPU)
+    assert state.scaler.get_scale() == 2.**59 and difference(before, dict(state.task.named_parameters())) is None
+    save_checkpoint(state, config, tmp_path)
+    assert restore(read_checkpoint(tmp_path), config, CPU).scaler.get_scale() == 2.**59
+
+
+def test_one_scaler_serves_a_whole_phase(scenes, tmp_path, monkeypatch):
+    scalers = {}
+    def watched(state, *args):
+        scalers.setdefault(state.phase, []).append(state.scaler)
+        return train_step(state, *args)
+    monkeypatch.setattr(engine, "train_step", watched)
+    fit(small(scenes, "fp16"), tmp_path / "run", progress=False)
+    assert [len(scalers["pretrain"]), len(scalers["poet"])] == [3, 6]
+    assert all(s is seen[0] and s.is_enabled() for seen in scalers.values() for s in seen), "not a new one every epoch"
+    found = read_checkpoint(tmp_path / "run")
+    applied, skipped = {float(s["step"]) for s in found["optimizer"]["state"].values()}, math.log2(65536 / found["scaler"]["scale"])
+    assert applied == {6 - skipped}, "each step was applied or halved the scale"
+
+
+def test_bf16_needs_no_scaler_and_parameters_stay_fp32(runs):
+    _, whole = runs("bf16")
+    found = read_checkpoint(whole)
+    assert found["scaler"] == {} and all(v.dtype == torch.float32 for v in found["task"].values() if v.is_floating_point())
+
+
+# ---- average of the weights ---------------------------------------------------------------------------------------------
+
+def test_the_average_follows_its_definition_and_is_what_is_saved(scenes, tmp_path, monkeypatch):
+    config = small(scenes, **{"train.ema_decay": .3, "train.pretrain_epochs": 0, "train.epochs": 1})
+    weights, real = [], engine.update_ema
+    def watched(ema, model, decay):
+        if not weights: weights.append(ema.query_embed.weight.clone())
+        real(ema, model, decay)
+        weights.append(model.query_embed.weight.detach().clone())
+        assert math.isclose(decay, min(.3, len(weights[1:]) / (9 + len(weights[1:]))))
+    monkeypatch.setattr(engine, "update_ema", watched)
+    fit(config, tmp_path / "run", progress=False)
+    average = weights[0]
+    for step, new in enumerate(weights[1:]):
+        decay = min(.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * new
+    assert len(weights) == 4 and torch.allclose(read_checkpoint(tmp_path / "run")["ema"]["query_embed.weight"], average, atol=1e-6)
+    assert torch.allclose(build_poet(tmp_path / "run").query_embed.weight, average, atol=2e-3), "saved with 16 bits"
+
+
+# ---- learning rate ------------------------------------------------------------------------------------------------------
+
+@given(per_epoch=st.integers(1, 50), epochs=st.integers(1, 30), drops=st.lists(st.integers(1, 30), min_size=1, max_size=3, unique=True), data=st.data())
+def test_lr_drops_at_the_start_of_the_epoch_after(per_epoch, epochs, drops, data):
+    config = override(preset("poet_r50"), **{"train.lr_drops": drops})
+    epoch, batch = data.draw(st.integers(0, epochs - 1)), data.draw(st.integers(0, per_epoch - 1))
+    expected = .1 ** len([d for d in drops if epoch >= d])
+    assert math.isclose(lr_factor(epoch * per_epoch + batch, per_epoch, config, epochs), expected)
+
+
+@given(per_epoch=st.integers(1, 50), epochs=st.integers(1, 30), warmup=st.integers(0, 40), end=st.floats(0, 1))
+def test_cosine_falls_from_the_peak_to_its_end_after_the_warm_up(per_epoch, epochs, warmup, end):
+    config = override(preset("poet_tiny"), **{"train.warmup_steps": warmup, "train.lr_end": end})
+    steps = per_epoch * epochs
+    rates = [lr_factor(s, per_epoch, config, epochs) for s in range(steps + 1)]
+    plain = [end + (1 - end) * (1 + math.cos(math.pi * s / steps)) / 2 for s in range(steps + 1)]
+    for s, (rate, cosine) in enumerate(zip(rates, plain)): assert math.isclose(rate, cosine * min(1, (s + 1) / (warmup + 1)), abs_tol=1e-12)
+    assert all(a >= b - 1e-12 for a, b in zip(rates[warmup:], rates[warmup + 1:])) and 0 < rates[0] <= 1
+
+
+def test_a_run_uses_the_rates_of_the_schedule(runs, scenes, tmp_path, monkeypatch):
+    config, whole = runs("dropout") # a drop after the first epoch
+    assert [line["lr"] for line in without_times(whole, "metrics.jsonl")] == pytest.approx([config.train.lr, config.train.lr / 10])
+    rates = []
+    def watched(state, *args):
+        rates.append((state.phase, sorted(g["lr"] for g in state.optimizer.param_groups)))
+        return train_step(state, *args)
+    monkeypatch.setattr(engine, "train_step", watched)
+    cosine = small(scenes, "bf16", **{"train.warmup_steps": 2, "train.accumulate": 1})
+    fit(cosine, tmp_path / "run", progress=False)
+    t = cosine.train
+    peaks = {"pretrain": [t.pretrain_lr] * 2, "poet": sorted([t.lr, t.lr_backbone])}
+    for phase, epochs in (("pretrain", 1), ("poet", 2)):
+        factors = [lr_factor(s, 3, cosine, epochs) for s in range(3 * epochs)]
+        assert [r for p, r in rates if p == phase] == [pytest.approx([f * peak for peak in peaks[phase]]) for f in factors]
