@@ -80,10 +80,10 @@ def dilate_stage(
 
 # %% ../nbs/10_backbone.ipynb #d8cce624
 class SlimResNet(ResNet):
-    "A ResNet of half the usual width: 32 channels in the stem, 256 at the end."
+    "A ResNet of half the usual width, 32 channels in the stem and 256 at the end, whose stem goes to stride 4 at once."
     def __init__(self, block, layers, norm_layer=nn.BatchNorm2d):
         super().__init__(block, layers, norm_layer=norm_layer)
-        self.conv1, self.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
+        self.conv1, self.bn1, self.maxpool = nn.Conv2d(3, 32, 7, 4, 3, bias=False), norm_layer(32), nn.Identity()
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
@@ -92,7 +92,7 @@ class SlimResNet(ResNet):
 
 # %% ../nbs/10_backbone.ipynb #10e63374
 BACKBONES = {"resnet18": (ResNet, BasicBlock, (2, 2, 2, 2)), "resnet34": (ResNet, BasicBlock, (3, 4, 6, 3)), "resnet50": (ResNet, Bottleneck, (3, 4, 6, 3)),
-             "resnet101": (ResNet, Bottleneck, (3, 4, 23, 3)), "resnet_tiny": (SlimResNet, BasicBlock, (1, 1, 2, 2))}
+             "resnet101": (ResNet, Bottleneck, (3, 4, 23, 3)), "resnet_tiny": (SlimResNet, BasicBlock, (1, 1, 2, 1))}
 
 class Backbone(nn.Module):
     "ResNet features (paper, *CNN backbone*): (B, 3, H, W) -> (B, num_channels, ceil(H/S), ceil(W/S))."

@@ -47,6 +47,7 @@ class ModelConfig:
     num_classes:int = 1              # C, without the no-object class, which is index C
     num_keypoints:int = 17           # K
     query_groups:int = 1             # independent query sets in training (1 = the paper)
+    positions:str = "layers"         # position code goes to: "layers" (q and k of each), "input" (of the encoder) or "both"
 
 # %% ../nbs/00_config.ipynb #a004eab0
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class TrainConfig:
     lr_end:float = 0.01            # last learning rate as a share of the peak ("cosine")
     warmup_steps:int = 0           # linear warm-up, optimiser steps
     clip_max_norm:float = 0.1      # gradient norm; 0 switches clipping off
-    amp:str = "none"               # autocast: "none", "bf16" or "fp16"
+    amp:str = "none"               # autocast: "none", "bf16", "fp16" or "auto" (bf16 where the device is faster with it)
     channels_last:bool = False     # memory layout of the convolutions
     fold_bn:bool = False           # frozen BatchNorm folded into the convolutions
     ema_decay:float = 0.0          # exponential moving average of the weights; 0 = off
@@ -124,8 +125,9 @@ class TrainConfig:
 
 # %% ../nbs/00_config.ipynb #dfceb328
 _CHOICES = {"model.stride": (8, 16, 32), "model.backbone_norm": ("frozen", "batch"), "loss.loss": ("paper", "official"),
+            "model.positions": ("layers", "input", "both"),
             "loss.visible": ("labelled", "visible"), "loss.matcher_norm": ("squared", "plain"),
-            "train.schedule": ("step", "cosine"), "train.amp": ("none", "bf16", "fp16")}
+            "train.schedule": ("step", "cosine"), "train.amp": ("none", "bf16", "fp16", "auto")}
 _POSITIVE = ("model.hidden_dim model.nheads model.dec_layers model.dim_feedforward model.num_queries model.num_classes "
              "model.num_keypoints model.query_groups data.scales data.max_size data.eval_scale data.crop_resize data.crop_size data.pad_multiple "
              "train.epochs train.batch_size train.accumulate train.lr train.eval_every train.pretrain_lr train.nonfinite_patience").split()
@@ -261,12 +263,12 @@ def _tiny():
     return Config(
         name="poet_tiny",
         model=ModelConfig(backbone="resnet_tiny", stride=16, frozen_stages=0, hidden_dim=128, nheads=4, enc_layers=3,
-                          dim_feedforward=384, dropout=0., attention_dropout=0., query_groups=3),
-        loss=LossConfig.official(visible="labelled", matcher_norm="squared"),
+                          dim_feedforward=384, dropout=0., attention_dropout=0., positions="both"),
+        loss=LossConfig.official(visible="labelled", matcher_norm="squared", class_loss_coef=3., cost_class=2.),
         data=DataConfig(root="data/synth", scales=(128,), max_size=128, eval_scale=128, rotation_degrees=15., dropout_prob=0.,
                         crop_resize=(128, 160, 192), crop_size=(96, 160), pad_multiple=128, with_people_only=False, workers=0),
-        train=TrainConfig(epochs=11, batch_size=32, lr=5e-4, lr_backbone=2e-4, schedule="cosine", warmup_steps=200, amp="bf16",
-                          channels_last=True, fold_bn=True, ema_decay=0.999, init="none", pretrain_epochs=3))
+        train=TrainConfig(epochs=11, batch_size=16, lr=5e-4, lr_backbone=3e-4, schedule="cosine", warmup_steps=200, amp="auto",
+                          channels_last=True, fold_bn=True, ema_decay=0.999, init="none", pretrain_epochs=8))
 
 def preset(
     name:str, # "poet_r50", "poet_dc5_r50" or "poet_tiny"

@@ -42,7 +42,8 @@ def pose_losses(
     packed:PackedTargets, # T people
     pairs:Assignment,     # M matched pairs
     slots:Tensor,         # (M,) int64 slot of the matched query
-)->Tensor: # (4, L) offsets, visibility, centres, absolute keypoints; sums over the matched people, unweighted
+    weight:Tensor|None=None, # (M,) of each pair; None: all 1
+)->Tensor: # (4, L) offsets, visibility, centres, absolute keypoints; sums over the matched people, terms unweighted
     "The terms of equation 3 and the official fourth."
     centers, offsets, visibility = (stacked[f"pred_{name}"].flatten(0, 2).index_select(0, slots) for name in ("centers", "offsets", "visibility"))
     person = lambda x: x.index_select(0, pairs.target)
@@ -51,6 +52,7 @@ def pose_losses(
                          (visibility - mask).square().sum(-1) * has_pose,
                          (centers - person(packed.centers)).square().sum(-1) * has_pose,
                          ((keypoints - person(packed.keypoints)).abs().sum(-1) * mask).sum(-1)])
+    if weight is not None: terms = terms * weight
     L = len(stacked["pred_centers"])
     return terms.view(4, L, len(slots) // L).sum(-1)
 

@@ -39,7 +39,7 @@ class Poet(nn.Module):
         self.config = config
         self.backbone = Backbone(m.backbone, m.stride, m.backbone_norm, m.frozen_stages)
         self.input_proj = nn.Conv2d(self.backbone.num_channels, m.hidden_dim, 1)
-        self.transformer = Transformer(m.hidden_dim, m.nheads, m.enc_layers, m.dec_layers, m.dim_feedforward, m.dropout, m.attention_dropout)
+        self.transformer = Transformer(m.hidden_dim, m.nheads, m.enc_layers, m.dec_layers, m.dim_feedforward, m.dropout, m.attention_dropout, m.positions)
         self.query_embed = nn.Embedding(m.num_queries * m.query_groups, m.hidden_dim)
         self.class_embed = nn.Linear(m.hidden_dim, m.num_classes + 1)
         self.kpt_embed = MLP(m.hidden_dim, m.hidden_dim, 2 + 3 * m.num_keypoints, 3)

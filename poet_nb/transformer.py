@@ -108,8 +108,10 @@ class Transformer(nn.Module):
         dim_feedforward:int=2048,    # width of the feed-forward block
         dropout:float=.1,            # on block outputs
         attention_dropout:float=.1,  # on attention weights
+        positions:str="layers",      # where position codes go: "layers", "input" or "both"
     ):
         super().__init__()
+        self.at_input, self.at_layers = positions in ("input", "both"), positions in ("layers", "both")
         args = hidden_dim, nheads, dim_feedforward, dropout, attention_dropout
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(*args) for _ in range(enc_layers))})
         self.decoder = nn.ModuleDict({"layers": nn.ModuleList(DecoderLayer(*args) for _ in range(dec_layers)), "norm": nn.LayerNorm(hidden_dim)})
@@ -118,6 +120,8 @@ class Transformer(nn.Module):
 
     def encode(self, source:Tensor, positions:Tensor, padding=None, need_weights=False):
         "(B, S, d) cells -> (B, S, d) memory, and the weights of each layer."
+        if self.at_input: source = source + positions
+        if not self.at_layers: positions = torch.zeros_like(positions)
         seen = []
         for layer in self.encoder["layers"]:
             source, w = layer(source, positions, padding, need_weights); seen.append(w)
@@ -126,7 +130,7 @@ class Transformer(nn.Module):
     def decode(self, memory:Tensor, positions:Tensor, queries:Tensor, padding=None, groups:int=1, need_weights=False):
         "(B, S, d) memory, (N, d) queries -> (L, B, N, d) states after each layer, and the weights of each layer."
         queries = queries.expand(len(memory), -1, -1)
-        x, placed, states, seen = torch.zeros_like(queries), memory + positions, [], []
+        x, placed, states, seen = torch.zeros_like(queries), memory + positions if self.at_layers else memory, [], []
         for layer in self.decoder["layers"]:
             x, w = layer(x, queries, memory, placed, padding, groups, need_weights)
             states.append(x); seen.append(w)

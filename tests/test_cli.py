@@ -345,7 +345,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
 def test_out_of_memory_says_what_helps(error, data, poet, monkeypatch):
     def fail(*args): raise error
     monkeypatch.setattr(cli, "fit", fail)
-    line = refused(poet("train", "--run", "run", "--data", data, "--quiet"), "out of memory", "32 images of up to 128 pixels", "train.accumulate=2", "data.workers=0")
+    line = refused(poet("train", "--run", "run", "--data", data, "--quiet"), "out of memory", "16 images of up to 128 pixels", "train.accumulate=2", "data.workers=0")
     assert "train.amp" not in line, "poet_tiny has bf16 already"
 
 
