@@ -51,7 +51,7 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	@touch $@
 endif
 
-data: $(SYNTH) ## make the small set of synthetic people that the figures need
+data: $(SYNTH) ## make the small set of synthetic people that the figures and their tests need
 
 $(SYNTH): | $(INSTALLED)
 	@$(PY) -m poet_nb.cli data synth --folder data/synth --train 0 --val 500
@@ -63,7 +63,7 @@ figures: install data ## make the environment and the data, run the figure noteb
 test: install ## nbdev_test and pytest; slow tests left out
 	@status=0; $(MAKE) test-notebooks || status=1; $(MAKE) test-python || status=1; exit $$status
 
-test-notebooks: install
+test-notebooks: install data
 	@$(SCRIPTS)/nbdev_test --n_workers $(JOBS) --do_print --timing
 
 test-python: install

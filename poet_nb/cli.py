@@ -7,8 +7,8 @@ __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 
            'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device',
            'check_data', 'train_config', 'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run',
            'layer_index', 'score_run', 'run_eval', 'expand_images', 'overlay_names', 'run_skeleton', 'run_predict',
-           'find_checkout', 'figure_job', 'run_figures', 'check_software', 'free_memory', 'check_machine',
-           'check_split', 'check_datasets', 'check_run', 'check_runs', 'run_doctor']
+           'find_checkout', 'figure_job', 'run_figures', 'check_software', 'free_memory', 'check_precision',
+           'check_machine', 'check_split', 'check_datasets', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings
@@ -31,7 +31,7 @@ from .synth import SynthConfig, make_synth
 from .coco import download_coco, open_coco
 from .poet import Poet, build_poet
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
-from .engine import choose_device, evaluate, fit
+from .engine import autocast_dtype, bf16_speed, choose_device, evaluate, fit
 from .predict import IMAGE_SUFFIXES, iter_predictions, list_images, load_image
 
 # %% ../nbs/33_cli.ipynb #5ab4e060
@@ -562,10 +562,19 @@ def free_memory()->float|None: # GB; None where the system does not tell
     except (OSError, TypeError): return None
 
 # %% ../nbs/33_cli.ipynb #c057a7e6
+def check_precision(
+    device:torch.device,
+)->tuple[str, str, str]: # level, subject, finding
+    "Is bfloat16 the faster precision here, and does `amp=auto` know?"
+    speed, auto = bf16_speed(device), autocast_dtype("auto", device) is not None
+    fine = auto == (speed > 1) or .8 < speed < 1.25
+    text = f"bfloat16 products run at {speed:.1f} times the speed of float32, amp=auto takes {'bf16' if auto else 'float32'}"
+    return "ok" if fine else "warning", "precision", text + ("" if fine else f"; train with --set train.amp={'bf16' if speed > 1 else 'none'}")
+
 def check_machine(
     folder:Path, # where data go
 )->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Device, threads, memory, disk."
+    "Device, threads, precision, memory, disk."
     device, cores, threads = choose_device(), count_cores(), torch.get_num_threads()
     if device.type == "cuda": yield "ok", "device", f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB free"
     elif device.type == "cpu" and shutil.which("nvidia-smi"):
@@ -573,6 +582,7 @@ def check_machine(
     else: yield "ok", "device", f"{device.type}; enough for poet_tiny" + ("; poet_r50 wants a GPU" if device.type == "cpu" else "")
     few = threads < cores and device.type == "cpu"
     yield "warning" if few else "ok", "threads", f"PyTorch uses {threads} of {cores} cores" + ("; unset OMP_NUM_THREADS for training" if few else "")
+    if device.type in ("cpu", "cuda"): yield check_precision(device)
     memory, disk = free_memory(), shutil.disk_usage(next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())).free / 1e9
     if memory is not None: yield "ok" if memory > 3 else "warning", "memory", f"{memory:.1f} GB free" + ("" if memory > 3 else "; poet_tiny needs 3 for training: close other programs")
     level = "ok" if disk > 5 else "warning" if disk > .5 else "error"
