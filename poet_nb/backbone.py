@@ -142,7 +142,7 @@ def _imagenet_state(name):
     "torchvision's ImageNet weights for a backbone, downloaded once."
     if name == "resnet_tiny": raise ConfigError("field train.init: there are no ImageNet weights for resnet_tiny; use \"none\" or a file")
     weights = get_model_weights(name).DEFAULT if name != "resnet50" else get_model_weights(name).IMAGENET1K_V1
-    try: return weights.get_state_dict(progress=True, check_hash=True)
+    try: return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as e:
         where = Path(torch.hub.get_dir())/"checkpoints"/weights.url.rsplit("/", 1)[-1]
         raise CheckpointError(f"ImageNet weights of {name} can't be had ({type(e).__name__}); fetch {weights.url} and put it at {where}, "

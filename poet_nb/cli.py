@@ -64,7 +64,7 @@ def memory_remedy(
     t, d = config.train, config.data
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None)
     steps = [f"--set train.accumulate={more} (the same batch in more parts)"] if more else []
-    if t.amp == "none": steps.append("--set train.amp=bf16 (half the precision)")
+    if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
     return f"there are {t.batch_size // t.accumulate} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
 

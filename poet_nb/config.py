@@ -100,7 +100,7 @@ class DataConfig:
 class TrainConfig:
     "Optimisation and bookkeeping of a run (paper, *Implementation details*, experiment 1)."
     epochs:int = 300               # passes over the training images
-    batch_size:int = 12            # images a step, over all devices
+    batch_size:int = 12            # images a step
     accumulate:int = 1             # the batch is worked off in this many parts
     lr:float = 1e-4                # transformer and heads
     lr_backbone:float = 1e-5       # backbone
@@ -275,6 +275,6 @@ def preset(
 )->Config:
     "A named configuration. Raises: ConfigError for an unknown name."
     presets = {"poet_r50": Config, "poet_tiny": _tiny,
-               "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), train=TrainConfig(batch_size=50, epochs=250))}
+               "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()

@@ -7,8 +7,8 @@ __all__ = ['LOGS', 'choose_device', 'autocast_dtype', 'bf16_speed', 'environment
            'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'RunState',
            'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'train_step', 'compact', 'evaluate',
            'save_checkpoint', 'read_checkpoint', 'config_differences', 'restore', 'Stopped', 'stop_requests',
-           'train_epoch', 'append_line', 'cut_log', 'prepare_folder', 'finish_pretraining', 'end_epoch', 'fit',
-           'describe_line']
+           'train_epoch', 'append_line', 'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch',
+           'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import copy, json, math, os, platform, random, signal, subprocess, sys, threading, time
@@ -77,7 +77,7 @@ def environment(
 )->dict: # JSON-ready
     "What a result depends on beside the configuration: commit, versions, device, threads, seed."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain", "--", "poet_nb", "nbs")), seed=config.train.seed,
+    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed,
                 device=device.type, device_name=name, autocast=str(autocast_dtype(config.train.amp, device)).removeprefix("torch."), threads=torch.get_num_threads(), cpus=os.cpu_count(), platform=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__, scipy=scipy.__version__)
 
@@ -279,8 +279,10 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"), foreach=True)
     if not state.scaler.is_enabled() and not math.isfinite(norm.item()):
         terms = ", ".join(f"{k} = {v.item():.4g}" for k, v in total.items() if k.count("_") < 2)
-        raise NonFiniteError(f"the gradient is not finite for images {[int(x['image_id']) for _, ts in parts for x in ts]}; {terms}")
+        raise NonFiniteError(f"the gradient is not finite for images {[int(x['image_id']) for _, ts in parts for x in ts]}; {terms}; a smaller train.lr or train.clip_max_norm helps")
     state.scaler.step(state.optimizer); state.scaler.update()
+    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
+        raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")
     return total
 
 # %% ../nbs/31_engine.ipynb #e006f82e
@@ -398,6 +400,7 @@ def stop_requests()->Iterator[threading.Event]:
     def note(number, frame):
         if asked.is_set(): raise KeyboardInterrupt
         asked.set()
+        os.write(2, b"\nstopping after this step, with everything saved; once more stops at once\n")  # print is not safe in a handler
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
     try: yield asked
@@ -473,23 +476,27 @@ def cut_log(
     write_atomic(path, "".join(l + "\n" for l in keep))
 
 # %% ../nbs/31_engine.ipynb #7a57365e
-def prepare_folder(
-    config:Config,
+def check_folder(
     folder:Path,
     resume:bool,
-    device:torch.device,
 )->dict|None: # the checkpoint to go on from
-    "Make or check the run folder. Raises: CheckpointError if it holds a run and resume is off."
+    "What a run folder holds. Raises: CheckpointError if it is a run that is not to be resumed, or can't be."
     if resume and any((folder/n).exists() for n in ("checkpoint.pt", "checkpoint.prev.pt")): return read_checkpoint(folder)
     if not resume and (folder/"config.json").exists():
         raise CheckpointError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
     if (folder/LOGS["poet"]).exists():
         raise CheckpointError(f"{folder}: holds the results of a run but no checkpoint to go on from; choose another folder")
+
+def make_folder(
+    config:Config,
+    folder:Path,
+    device:torch.device,
+)->None:
+    "Begin the run folder of a new run: what is to be done, and where."
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder/"config.json")
     write_atomic(folder/"environment.json", json.dumps(environment(config, device), indent=1) + "\n")
     for name in LOGS.values(): (folder/name).unlink(missing_ok=True)
-    return None
 
 def finish_pretraining(
     state:RunState,
@@ -534,15 +541,18 @@ def fit(
 )->list[dict]: # the log, a dict an epoch
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
     folder, device = Path(folder), choose_device(config.train.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("WORLD_SIZE is more than 1: training on several devices is not built yet; start one process, without torchrun")
     random.seed(config.train.seed); np.random.seed(config.train.seed); torch.manual_seed(config.train.seed)
     loader, batches = train_loader(config, device)
     test = eval_loader(config, device)
     per_epoch = batches.length // batches.batch_size // config.train.accumulate
     evaluation = dict(loader=test, truth=load_ground_truth(test.dataset.annotations_file), train_data=loader.dataset.dataset, steps_per_epoch=per_epoch,
                       images_per_epoch=per_epoch * batches.batch_size * config.train.accumulate)
-    found = prepare_folder(config, folder, resume, device)
+    SetCriterion(config.loss, config.model.num_classes)         # a loss that contradicts itself is refused now, not after the pre-training
+    found = check_folder(folder, resume)
     phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
     state = restore(found, config, device) if found else start_phase(phase, build_poet(config, init) if init else new_model(config, phase), config, device)
+    if not found: make_folder(config, folder, device)            # now, so that a start that fails leaves nothing behind
     if found: cut_log(folder/LOGS[state.phase], state.epoch)
     if found and state.phase == "pretrain": cut_log(folder/LOGS["poet"], 0)
     try:

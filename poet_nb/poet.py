@@ -7,6 +7,7 @@ __all__ = ['MLP', 'Poet', 'nested', 'PostProcess', 'count_parameters', 'save_wei
 
 # %% ../nbs/13_poet.ipynb #98da44b2
 import dataclasses
+from importlib import import_module
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class Poet(nn.Module):
         layers = self.heads(decoded.unflatten(2, (groups, -1)).flatten(1, 2)) # groups become items of the batch, image by image
         result = layers[-1] | dict(aux_outputs=layers[:-1])
         return result | dict(zip(("encoder_attention", "decoder_attention"), seen))
+
+    def predict(self, images, **options)->list[dict]:
+        "Scores, labels and keypoints in pixels of images, files or folders: `poet_nb.predict.predict` with this model."
+        return import_module("poet_nb.predict").predict(self, images, **options)
 
 # %% ../nbs/13_poet.ipynb #021535c9
 def nested(

@@ -22,7 +22,7 @@ from .config import DataConfig, DataError, NonFiniteError, PoetError
 from .engine import same_size_batches
 from .keypoints import COCO_PERSON, Skeleton
 from .plot import draw_poses, to_image
-from .poet import Poet, PostProcess
+from .poet import PostProcess
 from .transforms import NestedTensor, Plan, normalize, pad_images, scale_matrix, shortest_side, warp_image
 
 # %% ../nbs/32_predict.ipynb #de1ab9e9
@@ -150,9 +150,6 @@ def predict(
 )->list[dict]: # per image scores (N,), labels (N,), keypoints (N, K, 3) in its pixels: x, y, visibility in [0, 1]
     "Poses in images of any kind: torchvision's convention for keypoint detectors."
     return [found for _, found in iter_predictions(model, images, threshold, batch_size, device, dtype, data)]
-
-# %% ../nbs/32_predict.ipynb #df1499f6
-Poet.predict = predict
 
 # %% ../nbs/32_predict.ipynb #9fbcf5d0
 def even_threshold(

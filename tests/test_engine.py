@@ -657,3 +657,55 @@ def test_a_run_uses_the_rates_of_the_schedule(runs, scenes, tmp_path, monkeypatc
     for phase, epochs in (("pretrain", 1), ("poet", 2)):
         factors = [lr_factor(s, 3, cosine, epochs) for s in range(3 * epochs)]
         assert [r for p, r in rates if p == phase] == [pytest.approx([f * peak for peak in peaks[phase]]) for f in factors]
+
+
+# ---- what is refused before anything is spent ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, names", [({"loss.loss": "paper"}, "absolute_loss_coef"), ({"model.backbone": "resnet_none"}, "resnet_none"),
+                                            ({"train.init": "nowhere.safetensors", "train.pretrain_epochs": 0}, "nowhere")])
+def test_a_start_that_fails_leaves_nothing_behind(scenes, tmp_path, changes, names):
+    with pytest.raises(PoetError, match=names): fit(small(scenes, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists(), "the same command can be given again, mended"
+
+
+def test_several_processes_are_refused(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PoetError, match="WORLD_SIZE"): fit(small(scenes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_gradients_that_always_overflow_end_the_run(scenes, tmp_path):
+    config = small(scenes, "fp16")
+    samples, targets = next(iter(engine.train_loader(config, CPU)[0]))
+    torch.manual_seed(0)
+    state = start_phase("poet", Poet(config), config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.5)
+    with torch.no_grad(): state.task.poet.kpt_embed.layers[0].weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(NonFiniteError, match="train.amp=bf16"): train_step(state, [(samples, targets)], config, CPU)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_uncommitted_code_is_called_so(tmp_path, monkeypatch):
+    "In a repository of our own with the library in a folder, as in this one."
+    package = tmp_path / "poet_nb"
+    package.mkdir()
+    (package / "engine.py").write_text("a = 1\n")
+    (tmp_path / "other.txt").write_text("x\n")
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    monkeypatch.setattr(engine, "__file__", str(package / "engine.py"))
+    state = lambda: engine.environment(preset("poet_tiny"), CPU)["dirty"]
+    assert not state()
+    (tmp_path / "other.txt").write_text("y\n")
+    assert not state(), "what lies elsewhere does not count"
+    (package / "engine.py").write_text("a = 2\n")
+    assert state()
+
+
+@pytest.mark.parametrize("amp, capabilities, expected", [
+    ("auto", {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16), ("auto", {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, None),
+    ("auto", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16), ("auto", {}, None), ("none", {"amx_bf16": True}, None), ("bf16", {}, torch.bfloat16),
+    ("fp16", {"amx_bf16": True}, torch.float16)])
+def test_auto_takes_bf16_where_a_processor_is_fast_with_it(monkeypatch, amp, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert engine.autocast_dtype(amp, CPU) is expected

@@ -337,11 +337,11 @@ def trained_backbone(name="resnet18", stride=16):
 
 @pytest.mark.parametrize("name, stride", [("resnet18", 16), ("resnet50", 8), ("resnet_tiny", 32)])
 def test_freezing_and_folding_keep_outputs_gradients_and_keys(name, stride):
-    live, batch = trained_backbone(name, stride), torch.randn(1, 3, 64, 64)
+    live, batch = trained_backbone(name, stride).double(), torch.randn(1, 3, 64, 64).double() # rounding depends on the processor's kernels: here there is little
     expected = live(batch)
-    frozen = freeze_batchnorm(copy.deepcopy(live))
+    frozen = freeze_batchnorm(copy.deepcopy(live)).double()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
-    torch.testing.assert_close(frozen(batch), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(frozen(batch), expected, atol=1e-6, rtol=1e-5)
     folded = copy.deepcopy(frozen)
     fold_batchnorm(folded.body)
     convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]

@@ -318,3 +318,10 @@ def test_real_photographs(model):
         width, height = Image.open(file).size
         assert name == str(file) and found["keypoints"].shape == (6, 5, 3)
         assert (found["keypoints"][..., 0].abs() < 2 * width).all() and (found["keypoints"][..., 1].abs() < 2 * height).all()
+
+
+def test_a_model_predicts_without_importing_anything_else():
+    code = ("import torch, sys; from poet_nb.poet import build_poet; assert 'poet_nb.predict' not in sys.modules; "
+            "print(len(build_poet('poet_tiny').predict(torch.rand(3, 64, 64), threshold=0.)[0]['scores']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["25"], done.stderr

@@ -129,10 +129,10 @@ def test_joints_and_pixels_agree_on_where_things_are():
 
 
 def test_not_slow():
-    "One core, 256 x 256, with masks and JPEG: measured at 100 scenes a second and more; a tenth of that is a fault."
+    "One core, 256 x 256, with masks and JPEG: 40 scenes a second are promised; the processor's time counts, so that a busy machine fails nothing."
     start = time.process_time()
     for i in range(30): cv2.imencode(".jpg", render_scene(SynthConfig(), f"speed/{i}")[0], [cv2.IMWRITE_JPEG_QUALITY, 90])
-    assert (time.process_time() - start) / 30 < 0.1
+    assert (time.process_time() - start) / 30 < 1 / 40
 
 
 # ---------------------------------------------------------------- datasets
