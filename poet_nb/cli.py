@@ -59,14 +59,17 @@ def explain(
 # %% ../nbs/33_cli.ipynb #34943528
 def memory_remedy(
     config:Config,
+    training:bool=True, # False: evaluation, which takes up to 32 images at once and does not accumulate
 )->str:
     "What to change when a run with this configuration does not fit into memory."
     t, d = config.train, config.data
-    more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None)
+    at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
+    more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
     steps = [f"--set train.accumulate={more} (the same batch in more parts)"] if more else []
+    if not training and at_once > 1: steps.append(f"--set train.batch_size={at_once // 2} (fewer images at once)")
     if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
-    return f"there are {t.batch_size // t.accumulate} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
+    return f"there are {at_once} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|shared memory|DataLoader worker \\(pid", re.I)
 
@@ -389,7 +392,7 @@ def score_run(
     layer, device = layer_index(args.layer, config), usable_device(config.train.device)
     check_data(config, [config.data.val])
     file = open_coco(config.data.root, config.data.val).annotations_file
-    with explain_memory(memory_remedy(config)): results = evaluate(model.to(device), config, device, layer=layer, progress=not args.quiet)[2]
+    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model.to(device), config, device, layer=layer, progress=not args.quiet)[2]
     return file, results
 
 # %% ../nbs/33_cli.ipynb #9b5c8e21
