@@ -38,6 +38,7 @@ def choose_device(
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
+# %% ../nbs/31_engine.ipynb #7808a45f
 def cpu_capabilities()->dict: # "amx_bf16" and the like -> bool, "cpu_name" -> text; empty with a PyTorch that does not tell
     "What PyTorch knows of the processor."
     return getattr(torch.cpu, "get_capabilities", dict)()
@@ -70,6 +71,7 @@ def bf16_speed(
     for _ in range(rounds): ratios.append(seconds(kinds[torch.float32]) / seconds(kinds[torch.bfloat16]))
     return float(np.median(ratios))
 
+# %% ../nbs/31_engine.ipynb #5b672d5c
 def _git(*args):
     "Output of a git command about this library's checkout, or None."
     try: return subprocess.run(["git", *args], cwd=Path(__file__).parent if "__file__" in globals() else ".", capture_output=True, text=True, timeout=10, check=True).stdout.strip()
