@@ -161,7 +161,8 @@ def load_ground_truth(
         if sigmas is None and category_id is None: return source
         return _prepare(source.dataset, source.name, source.image_ids, first(sigmas, source.sigmas), first(category_id, source.category_ids))
     if file := getattr(source, "annotations_file", None):
-        return _prepare(_read_json(file), str(file), source.image_ids, first(sigmas, source.skeleton.sigmas), first(category_id, source.category_ids))
+        own = getattr(getattr(source, "skeleton", None), "sigmas", None)
+        return _prepare(_read_json(file), str(file), source.image_ids, first(sigmas, own), first(category_id, source.category_ids))
     if isinstance(source, (str, Path)): return _prepare(_read_json(source), str(source), None, sigmas, category_id)
     return _prepare(source, "ground truth", None, sigmas, category_id)
 

@@ -367,7 +367,7 @@ def plot_losses(
             ax.set_title(f"{'abcde'[i]}) {LOSS_PARTS[part][0]}")
             ax.set(yscale="log") if log else ax.set_ylim(bottom=0)
             mark_lr_drops(ax, metrics, label="top" if i == 0 else "")
-        axes[0, -1].legend(handlelength=2.2, loc="upper right", frameon=True, framealpha=.9, edgecolor="none")
+        axes[0, -1].legend(handlelength=2.2, loc="lower right", frameon=True, framealpha=.9, edgecolor="none")
     return fig
 
 # %% ../nbs/02_plot.ipynb #6fbc1779

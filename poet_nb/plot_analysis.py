@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 from scipy.ndimage import gaussian_filter1d
 
 from .analysis import QUADRANTS, auc, calibration_table, quadrant_shares, visibility_quantiles
@@ -145,7 +145,7 @@ def _draw_violins(ax, predicted, true):
         ax.plot([at, at], row[[.05, .95]], color="black", lw=.8, solid_capstyle="butt")
         ax.plot([at, at], row[[.25, .75]], color="black", lw=4, solid_capstyle="butt")
         ax.plot(at, row[.5], "o", mfc="white", mec="black", mew=.6, markersize=3.6)
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MultipleLocator(.2))
     ax.set(xticks=(0, 1), xticklabels=[f"{int(flag)}\nn = {int(n):,}" for flag, n in table["n"].items()], xlim=(-.55, 1.55), ylim=(-.02, 1.02),
            xlabel="true visibility", ylabel="predicted visibility", title=f"a) AUC = {auc(predicted, true):.3f}")
 
@@ -158,7 +158,7 @@ def _draw_calibration(ax, predicted, true, bins):
     seen = table.dropna()
     ax.plot(seen["predicted"], seen["observed"], "o-", color=PALETTE[5], markersize=3.5, lw=1, label="observed")
     ax.set(xlim=(0, 1), ylim=(-.02, 1.02), xlabel="predicted visibility", ylabel="share with true visibility 1", title="b) calibration")
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(5))
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MultipleLocator(.2))
     ax.legend(loc="upper left", handlelength=1.6, borderaxespad=.2)
 
 # %% ../nbs/42_plot_analysis.ipynb #0a1c9ea1

@@ -349,3 +349,14 @@ def test_best_oks_tells_the_same_story_as_pycocotools(seed, ties):
     for g, matched, r, similarity, score in zip(*(table[k].tolist() for k in ("annotation_id", "matched", "result", "oks", "score"))):
         assert matched == (found[g] >= 0) and (not matched or r == found[g])
         if r >= 0: assert score == results.scores[r] and (similarity >= .5 or not matched)
+
+def test_sigmas_given_to_a_dataset_are_those_it_is_scored_with(tmp_path):
+    from poet_nb.coco import CocoKeypoints
+    truth, results = random_coco(20, 10, seed=10)
+    names = [f"joint_{k}" for k in range(17)]
+    truth["categories"] = [truth["categories"][0] | dict(keypoints=names, skeleton=[[1, 2]])]
+    truth["images"] = [dict(width=640, height=480, file_name=f"{im['id']}.jpg") | im for im in truth["images"]]
+    (tmp_path/"truth.json").write_text(json.dumps(truth))
+    wide = (.3,)*17
+    data = CocoKeypoints(tmp_path, tmp_path/"truth.json", sigmas=wide)
+    assert data.skeleton.sigmas == wide and quiet(data, results) == quiet(truth, results, wide) != quiet(truth, results, (.05,)*17)
