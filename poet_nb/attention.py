@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD_WORDS', 'Observation', 'trim_maps', 'observe', 'cells_at', 'encoder_maps', 'likely_people', 'decoder_maps',
            'upsample_maps', 'box_coverage', 'encoder_locality', 'joint_indices', 'cells_near_joints', 'attention_share',
-           'bootstrap_mean', 'matching_costs']
+           'matching_costs']
 
 # %% ../nbs/40_attention.ipynb #41f92c0a
 from collections.abc import Iterator, Sequence
@@ -238,22 +238,6 @@ def attention_share(
 )->tuple[Tensor, Tensor]: # (P,) attention in the region, (P,) the region's share of the grid
     "How much of each map lies in its region."
     return (maps * region).sum((-2, -1)), region.mean((-2, -1))
-
-# %% ../nbs/40_attention.ipynb #69091d95
-def bootstrap_mean(
-    values:Tensor, # (n,) a number a person
-    groups:Tensor, # (n,) image of each person, any integers
-    generator:torch.Generator, # of the draws
-    draws:int=2000,
-    level:float=.95, # share of the draws in the interval
-)->tuple[float, float, float]: # mean, lower and upper end; nan for no values
-    "Mean over people with its bootstrap interval over images."
-    if not len(values): return (float("nan"),) * 3
-    values, (images, index) = values.double(), groups.unique(return_inverse=True)
-    total, count = (torch.zeros(len(images), dtype=torch.double).index_add_(0, index, x) for x in (values, torch.ones_like(values)))
-    pick = torch.randint(len(images), (draws, len(images)), generator=generator)
-    means = total[pick].sum(1) / count[pick].sum(1)
-    return (values.mean().item(), *means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist())
 
 # %% ../nbs/40_attention.ipynb #85550419
 def matching_costs(

@@ -23,6 +23,14 @@ def coco_mini() -> Path:
     return root
 
 
+@pytest.fixture
+def close_figures():
+    "Figures that a test leaves open are closed behind it."
+    yield
+    import matplotlib.pyplot as plt
+    plt.close("all")
+
+
 PERSON = dict(id=1, name="person", supercategory="person", skeleton=[[1, 2], [1, 3]], keypoints=["nose", "left_hand", "right_hand"])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from poet_nb.attention import (Observation, attention_share, bootstrap_mean, box_coverage, cells_at, cells_near_joints, decoder_maps, encoder_locality,
+from poet_nb.attention import (Observation, attention_share, box_coverage, cells_at, cells_near_joints, decoder_maps, encoder_locality,
                                encoder_maps, joint_indices, likely_people, matching_costs, observe, trim_maps, upsample_maps)
 from poet_nb.config import DataConfig, LossConfig, ModelConfig, PoetError, preset, replace
 from poet_nb.keypoints import COCO_PERSON, Skeleton
@@ -24,10 +24,7 @@ SMALL = replace(preset("poet_tiny"), data=DataConfig(eval_scale=64, max_size=128
                                   num_queries=6, num_keypoints=4, frozen_stages=0))
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("close_figures")
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +120,6 @@ def test_joints_by_name_by_index_and_by_what_they_are_called():
     assert joint_indices(Skeleton("rod", ("heart", "near", "forearm"), (), (), (.1,) * 3)) == []   # "ear" in it, and no ear
     for bad in (["beard"], [4], [-1]):
         with pytest.raises(PoetError, match="no joint"): joint_indices(FISH, bad)
-
-
-def test_intervals_draw_images_not_people():
-    many = torch.cat([torch.zeros(500), torch.ones(500)])
-    rng = lambda: torch.Generator().manual_seed(0)
-    two_images, own = bootstrap_mean(many, (torch.arange(1000) >= 500).long(), rng()), bootstrap_mean(many, torch.arange(1000), rng())
-    assert two_images == (.5, 0, 1) and own[0] == .5 and .45 < own[1] < .5 < own[2] < .55
-    assert bootstrap_mean(many, torch.arange(1000), rng()) == own
-    assert bootstrap_mean(torch.tensor([.25]), torch.tensor([7]), rng()) == (.25, .25, .25)
 
 
 # ---- maps: axes, padding, layers, heads

@@ -29,10 +29,7 @@ SMALL = replace(preset("poet_tiny"), model=ModelConfig(backbone="resnet_tiny", s
                                                        num_queries=6, num_keypoints=5, frozen_stages=0))
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("close_figures")
 
 
 @pytest.fixture(scope="module")
