@@ -8,7 +8,7 @@ __all__ = ['PoetError', 'ConfigError', 'DataError', 'NonFiniteError', 'Checkpoin
            'override', 'preset']
 
 # %% ../nbs/00_config.ipynb #6f7cfd58
-import dataclasses, difflib, json, os, typing
+import dataclasses, difflib, json, os, re, typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -251,7 +251,7 @@ def override(
         if key == "name": d["name"] = str(value); continue
         if part not in _PARTS or not name: raise ConfigError(f"{key}: a field is written part.name, with a part of {', '.join(_PARTS)}")
         if isinstance(value, str):
-            try: read = json.loads(value)
+            try: read = json.loads(re.sub(r"(?<![\d.])\.(?=\d)", "0.", value)) # .5 is a number too
             except ValueError: read = value
             if isinstance(read, str) or not isinstance(d[part].get(name), str): value = read   # a folder may be called 2017
         d[part][name] = value
@@ -270,11 +270,18 @@ def _tiny():
         train=TrainConfig(epochs=11, batch_size=16, lr=5e-4, lr_backbone=3e-4, schedule="cosine", warmup_steps=200, amp="auto",
                           channels_last=True, fold_bn=True, ema_decay=0.999, init="none", pretrain_epochs=8))
 
+def _tiny_192():
+    "The second half of `poet_tiny`: the same model with finer cells, to go on from its weights."
+    c = _tiny()
+    return replace(c, name="poet_tiny_192", train=replace(c.train, epochs=12),
+                   data=replace(c.data, scales=(192,), max_size=192, eval_scale=192, crop_resize=(192, 240, 288), crop_size=(144, 240), pad_multiple=64,
+                                rotation_prob=.25, crop_prob=.25))
+
 def preset(
-    name:str, # "poet_r50", "poet_dc5_r50" or "poet_tiny"
+    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny" or "poet_tiny_192"
 )->Config:
     "A named configuration. Raises: ConfigError for an unknown name."
-    presets = {"poet_r50": Config, "poet_tiny": _tiny,
+    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192,
                "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()
