@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUADRANTS', 'MatchedPairs', 'people_of', 'match_people', 'LayerRun', 'run_layers', 'quadrant_shares',
            'visibility_quantiles', 'auc', 'calibration_table', 'calibration_error', 'ap_by_layer', 'saturation_layer',
-           'bootstrap_interval']
+           'bootstrap_interval', 'Estimate', 'estimate', 'verdict', 'JudgedResults', 'judge_results', 'drawn_ap']
 
 # %% ../nbs/41_analysis.ipynb #0b68fa05
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .coco import CocoKeypoints
-from .coco_eval import METRICS, KeypointResults, evaluate_keypoints, results_from_predictions
+from .coco_eval import (AREA_RANGES, METRICS, OKS_THRESHOLDS, RECALL_THRESHOLDS, KeypointResults, _choose_images, _hits, _out_of_range, _ranked,
+                               evaluate_keypoints, load_ground_truth, load_results, match_greedy, pair_oks, pair_up, results_from_predictions)
 from .config import LossConfig, PoetError
 from .engine import autocast, compact, same_size_batches, to_device
 from .keypoints import oks, offsets_to_keypoints
@@ -231,3 +232,87 @@ def bootstrap_interval(
         return order[np.repeat(start[chosen] - (np.cumsum(n) - n), n) + np.arange(n.sum())]
     values = np.array([statistic(draw()) for _ in range(samples)])
     return tuple(np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0))
+
+# %% ../nbs/41_analysis.ipynb #16890e2e
+@dataclass(frozen=True)
+class Estimate:
+    "A number over images with its interval; nan where there is nothing to measure."
+    value:float # of all rows
+    low:float   # lower end of the interval
+    high:float  # upper end
+    images:int  # that the rows belong to
+
+# %% ../nbs/41_analysis.ipynb #4240ec0e
+def estimate(
+    statistic:Callable, # (R,) row numbers, repeats included -> number
+    groups:np.ndarray,  # (M,) which image each row belongs to
+    samples:int=1000,   # how often to draw
+    seed:int=0,
+)->Estimate: # with a 95 % interval
+    "A statistic of all rows, and its interval by drawing images."
+    groups = np.asarray(groups)
+    value = float(statistic(np.arange(len(groups)))) if len(groups) else np.nan
+    low, high = (np.nan, np.nan) if np.isnan(value) else bootstrap_interval(statistic, groups, samples, seed=seed)
+    return Estimate(value, float(low), float(high), len(np.unique(groups)))
+
+# %% ../nbs/41_analysis.ipynb #2622b838
+def verdict(
+    number:Estimate,
+    least:float=-np.inf, # the claim: the number is above this
+    most:float=np.inf,   # and below this
+    images:int=20,       # fewer decide nothing
+)->str: # "holds", "does not hold", "undecided" or "not measured here"
+    "What an interval says about a number between two bounds."
+    if np.isnan(number.value): return "not measured here"
+    if number.images < images: return "undecided"
+    if least < number.low and number.high < most: return "holds"
+    return "does not hold" if number.high <= least or number.low >= most else "undecided"
+
+# %% ../nbs/41_analysis.ipynb #81d26234
+@dataclass(frozen=True)
+class JudgedResults:
+    "Results of I images after matching, best score first: all that an AP needs."
+    image_ids:np.ndarray # (I,)
+    image:np.ndarray     # (D,) place of each result's image, in [0, I)
+    category:np.ndarray  # (D,) place of its category, in [0, C)
+    hit:np.ndarray       # (T, D) bool, at each OKS threshold
+    counted:np.ndarray   # (T, D) bool, hits and false positives
+    people:np.ndarray    # (C, I) people to find
+
+# %% ../nbs/41_analysis.ipynb #fa8987f7
+def judge_results(
+    ground_truth,   # as for `evaluate_keypoints`
+    results,        # as for `evaluate_keypoints`
+    images="all",   # as for `evaluate_keypoints`
+    area:str="all", # of AREA_RANGES
+)->JudgedResults:
+    "Match results with people once, as evaluation does. Raises: PoetError for an unknown area, DataError."
+    if area not in AREA_RANGES: raise PoetError(f"area must be one of {', '.join(AREA_RANGES)}, not {area!r}")
+    truth, results, a = load_ground_truth(ground_truth), load_results(results), [list(AREA_RANGES).index(area)]
+    keep = _choose_images(truth, images)
+    index, rank, cells = _ranked(truth, results, keep)
+    size = np.ptp(results.keypoints[index, :, :2], axis=1).prod(1) if results.boxes is None else results.boxes[index, 2:].prod(1)
+    ignored, outside = (truth.ignored | _out_of_range(truth.areas))[a], _out_of_range(size)[a]
+    detection, person = pair_up(cells, truth.cells)
+    similarity = pair_oks(truth, results.keypoints, index[detection], person)
+    match = match_greedy(detection, person, similarity, rank, ignored, truth.crowd, np.minimum(OKS_THRESHOLDS, 1 - 1e-10))
+    hit, counted = (flags[0] for flags in _hits(truth, ignored, outside, detection, person, match))
+    people = np.bincount(truth.cells[~ignored[0]], minlength=len(truth.category_ids) * len(keep)).reshape(-1, len(keep))
+    return JudgedResults(truth.image_ids[keep], (np.cumsum(keep) - 1)[cells % len(keep)], cells // len(keep), hit, counted, people[:, keep])
+
+# %% ../nbs/41_analysis.ipynb #fd1ef020
+def drawn_ap(
+    judged:JudgedResults,
+    times:np.ndarray|None=None, # (I,) how often each image was drawn; None: each once
+)->float: # AP, mean over thresholds and categories; nan without anybody to find
+    "AP of a set of images in which images may be there several times, or not at all."
+    times = np.ones(len(judged.image_ids), int) if times is None else times
+    weight, values = times[judged.image], []
+    for c, number in enumerate(judged.people @ times):
+        mine = np.where(judged.category == c, weight, 0)
+        for hit, counted in zip(judged.hit, judged.counted) if number else ():
+            at = np.flatnonzero(hit & (mine > 0))
+            found, total = np.cumsum(mine[at]), np.cumsum(np.where(counted, mine, 0))[at]
+            envelope = np.append(np.maximum.accumulate((found / (total + np.spacing(1)))[::-1])[::-1], 0)
+            values.append(envelope[np.searchsorted(found / number, RECALL_THRESHOLDS)].mean())
+    return float(np.mean(values)) if values else np.nan

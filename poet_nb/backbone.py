@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'FoldedConv2d', 'fold_batchnorm', 'freeze_batchnorm', 'dilate_stage', 'SlimResNet', 'Backbone',
-           'load_state_file', 'load_backbone_weights']
+           'read_weights', 'state_of', 'load_state_file', 'load_backbone_weights']
 
 # %% ../nbs/10_backbone.ipynb #d5c54880
+import re
+from argparse import Namespace
 from pathlib import Path
+import numpy as np
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -120,24 +123,54 @@ class Backbone(nn.Module):
         return b.layer4(b.layer3(b.layer2(b.layer1(x))))
 
 # %% ../nbs/10_backbone.ipynb #5c043382
-def load_state_file(
-    path:str|Path, # .safetensors, or a PyTorch file of tensors
-)->dict[str, Tensor]:
-    "A state dict from a file, never executing anything in it. Raises: CheckpointError naming the file."
+def _plain_data():
+    "What a file may hold beside tensors: options (`argparse.Namespace`) and NumPy's arrays and numbers, under old and new names."
+    makers = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64().__reduce__()[0]}
+    named = [(make, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, make in makers.items()]
+    return [Namespace, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefdUS"}, *named]
+
+# %% ../nbs/10_backbone.ipynb #81019639
+def _strangers(path):
+    "Names in a PyTorch file that are refused; empty if that can't be told."
+    try:
+        with torch.serialization.safe_globals(_plain_data()): return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception: return []
+
+# %% ../nbs/10_backbone.ipynb #700916e4
+def read_weights(
+    path:str|Path, # .safetensors, or a PyTorch file of tensors and plain data
+)->dict: # all of it: a state dict, or a dict that holds one beside other things
+    "What is in a file of weights, never executing anything in it. Raises: CheckpointError naming the file."
     path = Path(path)
     if not path.is_file(): raise CheckpointError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors": return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_plain_data()): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise CheckpointError(f"{path}: not a readable file of weights ({' '.join(f'{type(e).__name__} {e}'.split())[:200]})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: holds no state dict of tensors")
-    return state
+        strange = ", ".join(sorted(_strangers(path)))
+        why = f"it names {strange:.150}, and reading that could run code" if strange else " ".join(f"{type(e).__name__} {e}".split())[:200]
+        raise CheckpointError(f"{path}: not a readable file of weights ({why})") from None
 
-# %% ../nbs/10_backbone.ipynb #700916e4
+# %% ../nbs/10_backbone.ipynb #9afdb009
+def state_of(
+    content:dict,  # what `read_weights` gives
+    path:str|Path, # what to call it in an error message
+)->dict[str, Tensor]:
+    "The state dict in the content of a file. Raises: CheckpointError naming the file."
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict): content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path}: holds no state dict of tensors")
+    return content
+
+# %% ../nbs/10_backbone.ipynb #21b35054
+def load_state_file(
+    path:str|Path, # .safetensors, or a PyTorch file of tensors
+)->dict[str, Tensor]:
+    "A state dict from a file, never executing anything in it. Raises: CheckpointError naming the file."
+    return state_of(read_weights(path), path)
+
+# %% ../nbs/10_backbone.ipynb #bb571480
 def _imagenet_state(name):
     "torchvision's ImageNet weights for a backbone, downloaded once."
     if name == "resnet_tiny": raise ConfigError("field train.init: there are no ImageNet weights for resnet_tiny; use \"none\" or a file")
@@ -148,18 +181,22 @@ def _imagenet_state(name):
         raise CheckpointError(f"ImageNet weights of {name} can't be had ({type(e).__name__}); fetch {weights.url} and put it at {where}, "
                               "or start from random weights with train.init=none") from None
 
+# %% ../nbs/10_backbone.ipynb #7083e4dd
 def load_backbone_weights(
     backbone:Backbone,
-    source:str|Path,    # "none", "imagenet", or a file in torchvision's ResNet layout
+    source:str|Path,    # "none", "imagenet", or a file of torchvision, MMPose, DETR, or of this project
     name:str="resnet50",# backbone name, for "imagenet"
-)->list[str]: # keys of the file that were not used (classifier)
-    "Initialise a backbone. Raises: CheckpointError naming missing or misshapen tensors."
+)->list[str]: # tensors of the file that were not used (classifier, heads, transformer), without prefix
+    "Initialise a backbone. Raises: CheckpointError naming missing, misshapen or surplus tensors."
     if source == "none": return []
     state = _imagenet_state(name) if source == "imagenet" else load_state_file(source)
-    state = {k.removeprefix("backbone.").removeprefix("body."): v.float() for k, v in state.items()}
+    state = {re.sub(r"^(module\.)?(backbone\.)?(0\.)?(body\.)?", "", k): v.float() for k, v in state.items()}
     own = backbone.body.state_dict()
     need = {k for k in own if not k.endswith("num_batches_tracked")}
     bad = sorted(k for k in need if k not in state or state[k].shape != own[k].shape)
     if bad: raise CheckpointError(f"{source}: {len(bad)} tensors are missing or of another shape, first {bad[0]}")
+    unused = sorted(set(state) - set(own))
+    more = [k for k in unused if re.match(r"layer\d", k) and not k.endswith("num_batches_tracked")]
+    if more: raise CheckpointError(f"{source}: of a larger ResNet than this backbone: {len(more)} tensors are left over, first {more[0]}; choose another model.backbone")
     backbone.body.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    return sorted(set(state) - set(own))
+    return unused

@@ -340,7 +340,7 @@ def report_run(
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with"),
-         option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50 or poet_dc5_r50"),
+         option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", type=Path, metavar="RUN", help="start from the weights of this run folder or file"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
@@ -375,6 +375,7 @@ def layer_index(
 )->int: # index into the list of predictions
     "Where the predictions of a decoder layer are. Raises: ConfigError."
     last = config.model.dec_layers
+    if layer is not None and config.model.method != "poet": raise ConfigError(f"--layer {layer}: a run of method {config.model.method!r} has no decoder layers")
     if layer is not None and not 1 <= layer <= last: raise ConfigError(f"--layer {layer}: this model has decoder layers 1 to {last}")
     return (layer or last) - 1
 

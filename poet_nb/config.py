@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PoetError', 'ConfigError', 'DataError', 'NonFiniteError', 'CheckpointError', 'ModelConfig', 'LossConfig',
-           'DataConfig', 'TrainConfig', 'Config', 'config_from_dict', 'load_config', 'write_atomic', 'save_config',
-           'override', 'preset']
+           'DataConfig', 'TrainConfig', 'AEConfig', 'Config', 'config_from_dict', 'load_config', 'write_atomic',
+           'save_config', 'override', 'preset']
 
 # %% ../nbs/00_config.ipynb #6f7cfd58
 import dataclasses, difflib, json, os, re, typing
@@ -32,11 +32,12 @@ class CheckpointError(PoetError):
 @dataclass(frozen=True)
 class ModelConfig:
     "Architecture of a POET (paper, section *POET architecture*); the defaults are POET-R50."
+    method:str = "poet"              # "poet", or "ae": associative embedding, the paper's baseline
     backbone:str = "resnet50"        # resnet18, resnet34, resnet50, resnet101 or resnet_tiny
-    stride:int = 32                  # pixels of the image a feature cell: 32, 16 (DC5) or 8 (DC4 + DC5)
+    stride:int = 32                  # pixels of the image a feature cell: 32, 16 (DC5) or 8 (DC4 + DC5); "ae" also 4
     backbone_norm:str = "frozen"     # "frozen" (statistics and affine fixed) or "batch" (trained)
     frozen_stages:int = 2            # stem and layer1 frozen = 2; 0 trains all; 5 freezes the whole backbone
-    hidden_dim:int = 256             # width d of the transformer
+    hidden_dim:int = 256             # width d of the transformer; "ae": of the transposed convolutions
     nheads:int = 8                   # attention heads
     enc_layers:int = 6               # encoder layers
     dec_layers:int = 6               # decoder layers
@@ -91,6 +92,8 @@ class DataConfig:
     crop_prob:float = 0.5                               # resize, crop, resize instead of resize
     crop_resize:tuple[int, ...] = (400, 500, 600)       # shortest side before the crop, one is drawn, pixels
     crop_size:tuple[int, int] = (384, 600)              # smallest and largest side of the crop, pixels
+    affine_scale:tuple[float, float] = (1., 1.)         # last of all, zoom about the centre, drawn from this range
+    affine_shift:float = 0.0                            # and shift by U(-s, s) each way, pixels
     pad_multiple:int = 1                                # batches are padded to a multiple of this, pixels
     with_people_only:bool = True                        # train only on images with people, as the paper does
     workers:int = 2                                     # loader processes
@@ -123,13 +126,29 @@ class TrainConfig:
     pretrain_lr:float = 1e-3       # peak learning rate of the pre-training (AdamW)
     nonfinite_patience:int = 3     # non-finite steps in a row before a run stops
 
+# %% ../nbs/00_config.ipynb #d91b59dc
+@dataclass(frozen=True)
+class AEConfig:
+    "Associative embedding (paper, Table 2): targets, loss, grouping. POET reads none of it."
+    sigma:float = 2.0            # standard deviation of a joint on its heatmap, cells
+    sigma_unit:str = "cells"     # "cells": whatever the stride; "pixels": as wide on the image as at stride 4
+    heatmap_coef:float = 1.0     # weight of the mean squared error of the heatmaps
+    push_coef:float = 1e-3       # weight of: tags of different people differ
+    pull_coef:float = 1e-3       # weight of: tags of one person agree
+    max_people:int = 30          # people an image, in targets and in predictions; also peaks a joint
+    nms:int = 5                  # window in which a peak is the highest, pixels of the network's input
+    min_score:float = 0.1        # lowest peak that becomes a joint
+    tag_distance:float = 1.0     # from here on two tags are two people
+    flip_test:bool = True        # average with the mirrored image
+
 # %% ../nbs/00_config.ipynb #dfceb328
-_CHOICES = {"model.stride": (8, 16, 32), "model.backbone_norm": ("frozen", "batch"), "loss.loss": ("paper", "official"),
+_CHOICES = {"model.stride": (4, 8, 16, 32), "model.method": ("poet", "ae"), "ae.sigma_unit": ("cells", "pixels"), "model.backbone_norm": ("frozen", "batch"), "loss.loss": ("paper", "official"),
             "model.positions": ("layers", "input", "both"),
             "loss.visible": ("labelled", "visible"), "loss.matcher_norm": ("squared", "plain"),
             "train.schedule": ("step", "cosine"), "train.amp": ("none", "bf16", "fp16", "auto")}
 _POSITIVE = ("model.hidden_dim model.nheads model.dec_layers model.dim_feedforward model.num_queries model.num_classes "
              "model.num_keypoints model.query_groups data.scales data.max_size data.eval_scale data.crop_resize data.crop_size data.pad_multiple "
+             "data.affine_scale ae.sigma ae.max_people ae.nms "
              "train.epochs train.batch_size train.accumulate train.lr train.eval_every train.pretrain_lr train.nonfinite_patience").split()
 _SHARES = ("model.dropout model.attention_dropout data.flip_prob data.rotation_prob data.dropout_prob data.crop_prob "
            "train.ema_decay train.lr_end").split()
@@ -161,7 +180,7 @@ def _check_part(part, prefix):
     return type(part)(**values)
 
 # %% ../nbs/00_config.ipynb #bc397793
-_PARTS = {"model": ModelConfig, "loss": LossConfig, "data": DataConfig, "train": TrainConfig}
+_PARTS = {"model": ModelConfig, "loss": LossConfig, "data": DataConfig, "train": TrainConfig, "ae": AEConfig}
 
 @dataclass(frozen=True)
 class Config:
@@ -171,6 +190,7 @@ class Config:
     loss:LossConfig = field(default_factory=LossConfig)
     data:DataConfig = field(default_factory=DataConfig)
     train:TrainConfig = field(default_factory=TrainConfig)
+    ae:AEConfig = field(default_factory=AEConfig)
 
     def __post_init__(self):
         for prefix in _PARTS: object.__setattr__(self, prefix, _check_part(getattr(self, prefix), prefix))
@@ -180,8 +200,12 @@ class Config:
         if self.train.batch_size % self.train.accumulate:
             raise ConfigError(f"field train.accumulate: {self.train.accumulate} must divide train.batch_size ({self.train.batch_size})")
 
-        if self.data.crop_size[0] > self.data.crop_size[1]:
-            raise ConfigError(f"field data.crop_size: {self.data.crop_size}: give the smallest side of the crop, then the largest")
+        if self.model.stride == 4 and self.model.method != "ae":
+            raise ConfigError("field model.stride: 4 is not one of 8, 16, 32; only method \"ae\" has it")
+        if self.ae.nms % 2 == 0: raise ConfigError(f"field ae.nms: {self.ae.nms} must be odd, so that the window has a middle")
+        for name in ("crop_size", "affine_scale"):
+            low, high = getattr(self.data, name)
+            if low > high: raise ConfigError(f"field data.{name}: {(low, high)}: give the smallest first, then the largest")
 
     def to_dict(self): return dataclasses.asdict(self)
 
@@ -277,11 +301,18 @@ def _tiny_192():
                    data=replace(c.data, scales=(192,), max_size=192, eval_scale=192, crop_resize=(192, 240, 288), crop_size=(144, 240), pad_multiple=64,
                                 rotation_prob=.25, crop_prob=.25))
 
+def _ae():
+    "Associative embedding as Table 1 and 2 of the paper have it, at stride 4."
+    return Config(name="ae_r50", model=ModelConfig(method="ae", stride=4, backbone_norm="batch", frozen_stages=0),
+                  data=DataConfig(scales=(512,), max_size=512, eval_scale=512, rotation_prob=1., rotation_degrees=30., dropout_prob=0., crop_prob=0.,
+                                  affine_scale=(.75, 1.5), affine_shift=40., pad_multiple=512),
+                  train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
+
 def preset(
-    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny" or "poet_tiny_192"
+    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192" or "ae_r50"
 )->Config:
     "A named configuration. Raises: ConfigError for an unknown name."
-    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192,
+    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192, "ae_r50": _ae,
                "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()

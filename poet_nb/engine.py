@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Augmented',
            'EpochBatches', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor',
-           'PoetLoss', 'RunState', 'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'train_step',
-           'compact', 'evaluate', 'save_checkpoint', 'read_checkpoint', 'config_differences', 'restore', 'Stopped',
-           'stop_requests', 'train_epoch', 'append_line', 'cut_log', 'check_folder', 'make_folder',
-           'finish_pretraining', 'end_epoch', 'fit', 'describe_line']
+           'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model', 'to_device', 'autocast',
+           'update_ema', 'train_step', 'compact', 'evaluate', 'save_checkpoint', 'read_checkpoint',
+           'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log',
+           'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import copy, json, math, os, platform, random, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 import numpy as np, scipy, torch, torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, override, save_config, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, config_from_dict, override, save_config, write_atomic
 from .coco import open_coco
 from .transforms import collate, eval_transforms, image_generator, normalize, one_thread, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
-from .poet import Poet, PostProcess, build_poet, save_weights
+from .poet import Poet, PostProcess, build_poet, new_network, save_weights
 from .criterion import SetCriterion
 from .pretrain import DensePretrainer, seed_decoder
 from .coco_eval import evaluate_keypoints, load_ground_truth, save_results, to_coco_results
@@ -194,10 +195,38 @@ class PoetLoss(nn.Module):
         groups = len(outputs["pred_logits"]) // len(targets)
         return self.criterion(outputs, [t for t in targets for _ in range(groups)], num_people and num_people * groups)
 
+# %% ../nbs/31_engine.ipynb #c9873d99
+class PoetMethod:
+    "What the engine asks of a method, answered for POET; `poet_nb.associative_embedding.AEMethod` answers for the baseline."
+    task = PoetLoss
+
+    @staticmethod
+    def check(config:Config):
+        "Refuse a configuration that contradicts itself."
+        SetCriterion(config.loss, config.model.num_classes)
+
+    @staticmethod
+    def judge(model:nn.Module, config:Config, layer:int=-1):
+        "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
+        criterion, post = SetCriterion(config.loss, config.model.num_classes), PostProcess()
+        def ask(samples, targets):
+            outputs = model(samples)
+            sizes = torch.stack([t["orig_size"] for t in targets]).to(outputs["pred_logits"].device)
+            return criterion(outputs, targets), post((outputs["aux_outputs"] + [outputs])[layer], sizes)
+        return ask
+
+def method_of(config:Config):
+    "The method that a configuration names."
+    return PoetMethod if config.model.method == "poet" else import_module("poet_nb.associative_embedding").AEMethod
+
+
+
+# %% ../nbs/31_engine.ipynb #70d45abe
 @dataclass
 class RunState:
     "All that a run changes."
     phase:str                       # "pretrain" or "poet"
+    model:nn.Module                 # the network inside the task
     task:nn.Module                  # samples, targets -> dict with "loss"
     optimizer:torch.optim.Optimizer
     scaler:torch.amp.GradScaler
@@ -219,10 +248,10 @@ def start_phase(
     t = config.train
     model.to(device)
     if t.channels_last: model.to(memory_format=torch.channels_last)
-    task = DensePretrainer(model, config.loss).to(device) if phase == "pretrain" else PoetLoss(model, config)
+    task = DensePretrainer(model, config.loss).to(device) if phase == "pretrain" else method_of(config).task(model, config)
     if phase == "poet" and t.fold_bn: fold_batchnorm(model.backbone.body)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if t.ema_decay and phase == "poet" else None
-    return RunState(phase, task, make_optimizer(task, config, t.pretrain_lr if phase == "pretrain" else None),
+    return RunState(phase, model, task, make_optimizer(task, config, t.pretrain_lr if phase == "pretrain" else None),
                     torch.amp.GradScaler(device.type, enabled=t.amp == "fp16"), ema)
 
 def new_model(
@@ -231,7 +260,7 @@ def new_model(
 )->Poet:
     "A model with the weights a run starts from."
     norm = "batch" if phase == "pretrain" else config.model.backbone_norm
-    model = Poet(override(config, **{"model.backbone_norm": norm}))
+    model = new_network(override(config, **{"model.backbone_norm": norm}))
     load_backbone_weights(model.backbone, config.train.init, config.model.backbone)
     return model
 
@@ -318,15 +347,12 @@ def evaluate(
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = loader or eval_loader(config, device)
     truth = truth or load_ground_truth(loader.dataset.annotations_file)
-    criterion, post, results, sums, steps = SetCriterion(config.loss, config.model.num_classes), PostProcess(), [], {}, 0
+    judge, results, sums, steps = method_of(config).judge(model, config, layer), [], {}, 0
     model.eval()
     for samples, targets in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
-        with autocast(config, device): outputs = model(to_device(samples, device, config))
-        losses = criterion(outputs, targets)
+        with autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         steps += len(targets)
-        chosen = (outputs["aux_outputs"] + [outputs])[layer]
-        people = post(chosen, torch.stack([t["orig_size"] for t in targets]).to(device))
         people = [compact(p) for p in people]
         results += to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids)
     numbers = evaluate_keypoints(truth, results, verbose=False)
@@ -372,7 +398,7 @@ def config_differences(
 )->list[str]:
     "Fields in which two configurations differ, as part.name: a -> b; where the data and loader processes are does not count."
     same, out = {"data.root", "data.workers", "train.device"}, []
-    for part in ("model", "loss", "data", "train"):
+    for part in (name for name in a if name != "name"):
         for k in sorted(set(a[part]) | set(b[part])):
             x, y = a[part].get(k), b[part].get(k)
             plain = lambda v: list(v) if isinstance(v, tuple) else v
@@ -385,9 +411,9 @@ def restore(
     device:torch.device,
 )->RunState:
     "The state a checkpoint describes. Raises: CheckpointError with the differing fields if it is of another configuration."
-    wrong = config_differences(found["config"], config.to_dict())
+    wrong = config_differences(config_from_dict(found["config"], "the checkpoint's configuration").to_dict(), config.to_dict()) # fields that came later have their default
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder")
-    state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else Poet(config), config, device)
+    state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
     if state.ema is not None: state.ema.load_state_dict(found["ema"])
     for name in ("epoch", "batch", "sums", "seconds"): setattr(state, name, found[name])
@@ -447,7 +473,7 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
         try:
             for k, v in train_step(state, parts, config, device).items(): state.sums[k] = state.sums.get(k, 0.) + v
             state.bad_steps, state.sums["steps"] = 0, state.sums.get("steps", 0) + 1
-            if state.ema is not None: update_ema(state.ema, state.task.poet, min(t.ema_decay, (1 + step) / (10 + step)))
+            if state.ema is not None: update_ema(state.ema, state.model, min(t.ema_decay, (1 + step) / (10 + step)))
         except NonFiniteError as e: _note_bad_step(state, e, parts, config, folder)
         state.batch += 1; bar.update()
         now = time.monotonic(); state.seconds = before + now - begun
@@ -510,7 +536,7 @@ def finish_pretraining(
     device:torch.device,
 )->RunState:
     "Freeze the BatchNorms of the pretrained backbone, drop the heatmap head, seed the decoder, and begin the POET phase."
-    model = state.task.poet
+    model = state.model
     if config.model.backbone_norm == "frozen": freeze_batchnorm(model.backbone)
     model.config = config
     seed_decoder(model)
@@ -525,7 +551,7 @@ def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation
                 lr=max(g["lr"] for g in state.optimizer.param_groups), train=means)
     line["step"] = state.epoch * evaluation["steps_per_epoch"]
     if state.phase == "poet" and (state.epoch % t.eval_every == 0 or state.epoch == epochs):
-        model = state.ema if state.ema is not None else state.task.poet
+        model = state.ema if state.ema is not None else state.model
         numbers, line["val"], results = evaluate(model, config, device, evaluation["loader"], evaluation["truth"], progress=progress)
         line["coco"] = {k: float(v) for k, v in numbers.items()}
         save_results(results, folder/"predictions.json")
@@ -554,7 +580,7 @@ def fit(
     per_epoch = batches.length // batches.batch_size // config.train.accumulate
     evaluation = dict(loader=test, truth=load_ground_truth(test.dataset.annotations_file), train_data=loader.dataset.dataset, steps_per_epoch=per_epoch,
                       images_per_epoch=per_epoch * batches.batch_size * config.train.accumulate)
-    SetCriterion(config.loss, config.model.num_classes)         # a loss that contradicts itself is refused now, not after the pre-training
+    method_of(config).check(config)                              # a loss that contradicts itself is refused now, not after the pre-training
     found = check_folder(folder, resume)
     phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
     state = restore(found, config, device) if found else start_phase(phase, build_poet(config, init) if init else new_model(config, phase), config, device)

@@ -81,7 +81,7 @@ def resize_for_model(
 # %% ../nbs/32_predict.ipynb #fd346a1e
 @torch.no_grad()
 def predict_batch(
-    model:torch.nn.Module, # gives pred_logits, pred_centers, pred_offsets, pred_visibility
+    model:torch.nn.Module, # a Poet, or anything with `people(samples, sizes)`
     samples:NestedTensor, # (B, 3, h, w) uint8 on the model's device
     sizes:Tensor, # (B, 2) height and width of the original images, pixels
     dtype:torch.dtype|None=None, # of autocast; None: the model's own
@@ -89,8 +89,9 @@ def predict_batch(
     "Predict one batch of images that are already resized; every query counts."
     device = samples.tensors.device
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32)):
-        outputs = model(normalize(samples, dtype=next(model.parameters()).dtype))
-    found = PostProcess()({k: v.float() for k, v in outputs.items() if isinstance(v, Tensor)}, sizes.to(device))
+        samples = normalize(samples, dtype=next(model.parameters()).dtype)
+        outputs, found = (None, model.people(samples, sizes)) if hasattr(model, "people") else (model(samples), None)
+    if found is None: found = PostProcess()({k: v.float() for k, v in outputs.items() if isinstance(v, Tensor)}, sizes.to(device))
     found = [{k: v.cpu() for k, v in image.items()} for image in found]
     order = [image["scores"].argsort(descending=True, stable=True) for image in found]
     return [{k: v[o] for k, v in image.items()} for image, o in zip(found, order)]

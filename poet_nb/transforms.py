@@ -7,8 +7,9 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'Plan', 'is_plain', 'stays_inside', 'resize_pixels', 'shrink_first', 'warp_indices', 'warp_pixels',
            'drop_cells', 'warp_image', 'warp_points', 'leave_image', 'warp_boxes', 'has_area', 'keep_people',
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
-           'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'Fused', 'to_fractions', 'train_transforms',
-           'eval_transforms', 'NestedTensor', 'batch_size', 'pad_images', 'collate', 'one_thread', 'normalize']
+           'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'Fused', 'to_fractions',
+           'train_transforms', 'eval_transforms', 'NestedTensor', 'batch_size', 'pad_images', 'collate', 'one_thread',
+           'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
 import math
@@ -239,6 +240,7 @@ def warp_target(
     if "boxes" in target:
         out["boxes"] = warp_boxes(target["boxes"], plan.matrix, plan.size)
         keep = keep & ((visibility > 0).any(1) | has_area(out["boxes"]) | ~has_area(target["boxes"]))
+    if "ignore" in target: out["ignore"] = warp_boxes(target["ignore"], plan.matrix, plan.size)
     return keep_people(out, keep)
 
 # %% ../nbs/05_transforms.ipynb #6fa14a72
@@ -379,6 +381,21 @@ class RandomCrop(Step):
         top, left = (integer(0, side - cut, generator) for side, cut in zip(plan.size, size))
         return plan.move(shift_matrix(-left, -top), size)
 
+# %% ../nbs/05_transforms.ipynb #b317ae2a
+class RandomZoom(Step):
+    "Enlarge or shrink about the centre and shift, in the same frame."
+    def __init__(self,
+        scale:tuple[float, float]=(.75, 1.5), # range of the factor
+        shift:float=40., # largest shift each way, pixels
+    ):
+        self.scale, self.shift = scale, shift
+
+    def plan(self, plan, generator=None):
+        "Three draws: factor, shift to the right, shift down."
+        factor, right, down = uniform(*self.scale, generator), uniform(-self.shift, self.shift, generator), uniform(-self.shift, self.shift, generator)
+        y, x = (side / 2 for side in plan.size)
+        return plan.move(shift_matrix(x + right, y + down) @ np.diag([factor, factor, 1.]) @ shift_matrix(-x, -y))
+
 # %% ../nbs/05_transforms.ipynb #a5213ab7
 class Fused(Step):
     "Several steps with one warp, all of them or none."
@@ -404,11 +421,14 @@ class Fused(Step):
 def to_fractions(
     image:Tensor, # (3, H, W)
     target:dict, # keypoints in pixels
-)->tuple[Tensor, dict]: # the same image; keypoints (P, K, 2) fractions of it, no boxes
+)->tuple[Tensor, dict]: # the same image; keypoints (P, K, 2) fractions of it; ignore (R, 4) fractions; no boxes
     "The last step: pixels to fractions of the image, as the model reads them."
     height, width = image.shape[-2:]
     keypoints = target["keypoints"].as_subclass(Tensor).float() / torch.tensor([width, height])
-    return image, {**{k: v for k, v in target.items() if k != "boxes"}, "keypoints": keypoints}
+    boxes, ignore = target.get("boxes", torch.zeros(0, 4)), target.get("ignore", torch.zeros(0, 4))
+    unknown = boxes[~(target["visibility"] > 0).any(1)] if len(boxes) else boxes           # people without a joint
+    ignore = torch.cat([ignore, unknown]).as_subclass(Tensor).float() / torch.tensor([width, height] * 2)
+    return image, {**{k: v for k, v in target.items() if k != "boxes"}, "keypoints": keypoints, "ignore": ignore}
 
 # %% ../nbs/05_transforms.ipynb #012d4b5f
 def train_transforms(
@@ -417,8 +437,10 @@ def train_transforms(
 )->Fused: # (image, target, generator=None) -> (image, target with fractions)
     "The augmentation of training."
     crop = Fused([RandomResize(config.crop_resize), RandomCrop(config.crop_size)], config.crop_prob)
-    return Fused([RandomFlip(skeleton, config.flip_prob), RandomRotation(config.rotation_degrees, config.rotation_prob),
-                  CoarseDropout(config.dropout_prob), crop, RandomResize(config.scales, config.max_size)], finish=to_fractions)
+    steps = [RandomFlip(skeleton, config.flip_prob), RandomRotation(config.rotation_degrees, config.rotation_prob),
+             CoarseDropout(config.dropout_prob), crop, RandomResize(config.scales, config.max_size)]
+    if (config.affine_scale, config.affine_shift) != ((1., 1.), 0.): steps.append(RandomZoom(config.affine_scale, config.affine_shift))
+    return Fused(steps, finish=to_fractions)
 
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(

@@ -274,12 +274,13 @@ def test_cutting_outlines_out_changes_nothing_else(tmp_path_factory, outlines, t
 def test_targets_say_what_the_file_says(made):
     data = opened(made, [person(7, 3), person(3, 1, iscrowd=1), person(5, 3, keypoints=[0] * 9), person(6, 1, num_keypoints=0)])
     assert [len(t["labels"]) for _, t in data] == [1, 0, 2] and data.image_ids == [1, 2, 3] and data.index.people.crowds.tolist() == [1, 0, 0]
+    assert [t["ignore"].tolist() for _, t in data] == [[[5, 5, 15, 17]], [], []]
     target = data[2][1]
     assert target["keypoints"].tolist() == [[[10, 8], [12, 9], [0, 0]], [[0, 0]] * 3] and target["visibility"].tolist() == [[2, 1, 0], [0, 0, 0]]
     assert target["boxes"].tolist() == [[5, 5, 15, 17]] * 2 and target["area"].tolist() == [80, 80] and target["iscrowd"].tolist() == [0, 0]
     assert target["orig_size"].tolist() == target["size"].tolist() == [30, 40] and int(target["image_id"]) == 3
     dtypes = dict(image_id=torch.int64, labels=torch.int64, keypoints=torch.float32, visibility=torch.int64, area=torch.float32, boxes=torch.float32,
-                  iscrowd=torch.int64, orig_size=torch.int64, size=torch.int64)
+                  ignore=torch.float32, iscrowd=torch.int64, orig_size=torch.int64, size=torch.int64)
     for _, t in data: assert {k: v.dtype for k, v in t.items()} == dtypes
 
 

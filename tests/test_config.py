@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poet_nb.config import (Config, ConfigError, DataConfig, DataError, LossConfig, ModelConfig, PoetError, TrainConfig, config_from_dict, load_config, override,
+from poet_nb.config import (AEConfig, Config, ConfigError, DataConfig, DataError, LossConfig, ModelConfig, PoetError, TrainConfig, config_from_dict, load_config, override,
                             preset, save_config, write_atomic)
 
-PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainConfig)
-PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192"]
+PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainConfig, ae=AEConfig)
+PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "ae_r50"]
 FIELDS = [(part, f.name) for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
 KINDS = {(part, name): kind for part, cls in PARTS.items() for name, kind in typing.get_type_hints(cls).items()}
-CHOICES = {"stride": (8, 16, 32), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
+CHOICES = {"stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
            "matcher_norm": ("squared", "plain"), "schedule": ("step", "cosine"), "amp": ("none", "bf16", "fp16", "auto")}
 TOGETHER = {"hidden_dim": st.just(24), "nheads": st.sampled_from([1, 2, 3, 4, 6]), "batch_size": st.just(12), "accumulate": st.sampled_from([1, 2, 3, 4, 6, 12]),
-            "crop_size": st.tuples(st.integers(1, 50), st.integers(50, 99))}
+            "crop_size": st.tuples(st.integers(1, 50), st.integers(50, 99)), "affine_scale": st.tuples(st.floats(.1, 1), st.floats(1, 2)),
+            "nms": st.sampled_from([1, 3, 5, 7])}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
