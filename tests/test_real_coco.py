@@ -107,7 +107,7 @@ def test_the_eight_are_chosen_by_their_rule(coco_mini, tmp_path):
 def test_eight_real_images_are_learnt_by_heart(coco_mini, tmp_path):
     """AP on the very images that were trained on, all of their people counted.
 
-    2,000 small steps at 160 pixels. Not measured yet at this length; half of them (train.epochs=40) gave AP 0.849, AP50 0.895, AP75 0.842 in 6 minutes on two cores."""
+    2,000 small steps at 160 pixels: AP 0.830 at commit ba0f3fb, in 20 minutes on two shared cores, so this test fails; half of them (train.epochs=40) had given AP 0.849. The length is not what is missing."""
     config = override(preset("poet_tiny"), **{
         "data.root": str(eight(coco_mini, tmp_path / "eight", copies=25)), "data.workers": 0, "data.scales": [160], "data.max_size": 256, "data.eval_scale": 160,
         "data.flip_prob": 0., "data.rotation_prob": 0., "data.dropout_prob": 0., "data.crop_prob": 0., "data.pad_multiple": 32,
