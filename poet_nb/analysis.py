@@ -18,8 +18,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .coco import CocoKeypoints
-from .coco_eval import (AREA_RANGES, METRICS, OKS_THRESHOLDS, RECALL_THRESHOLDS, KeypointResults, _choose_images, _hits, _out_of_range, _ranked,
-                               evaluate_keypoints, load_ground_truth, load_results, match_greedy, pair_oks, pair_up, results_from_predictions)
+from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
+                               precision_recall, results_from_predictions)
 from .config import LossConfig, PoetError
 from .engine import autocast, compact, same_size_batches, to_device
 from .keypoints import oks, offsets_to_keypoints
@@ -288,16 +288,11 @@ def judge_results(
 )->JudgedResults:
     "Match results with people once, as evaluation does. Raises: PoetError for an unknown area, DataError."
     if area not in AREA_RANGES: raise PoetError(f"area must be one of {', '.join(AREA_RANGES)}, not {area!r}")
-    truth, results, a = load_ground_truth(ground_truth), load_results(results), [list(AREA_RANGES).index(area)]
-    keep = _choose_images(truth, images)
-    index, rank, cells = _ranked(truth, results, keep)
-    size = np.ptp(results.keypoints[index, :, :2], axis=1).prod(1) if results.boxes is None else results.boxes[index, 2:].prod(1)
-    ignored, outside = (truth.ignored | _out_of_range(truth.areas))[a], _out_of_range(size)[a]
-    detection, person = pair_up(cells, truth.cells)
-    similarity = pair_oks(truth, results.keypoints, index[detection], person)
-    match = match_greedy(detection, person, similarity, rank, ignored, truth.crowd, np.minimum(OKS_THRESHOLDS, 1 - 1e-10))
-    hit, counted = (flags[0] for flags in _hits(truth, ignored, outside, detection, person, match))
-    people = np.bincount(truth.cells[~ignored[0]], minlength=len(truth.category_ids) * len(keep)).reshape(-1, len(keep))
+    truth, a = load_ground_truth(ground_truth), list(AREA_RANGES).index(area)
+    keep = choose_images(truth, images)
+    cells, *flags = judge_detections(truth, load_results(results), keep)
+    ignored, hit, counted = (f[a] for f in flags)
+    people = np.bincount(truth.cells[~ignored], minlength=len(truth.category_ids) * len(keep)).reshape(-1, len(keep))
     return JudgedResults(truth.image_ids[keep], (np.cumsum(keep) - 1)[cells % len(keep)], cells // len(keep), hit, counted, people[:, keep])
 
 # %% ../nbs/41_analysis.ipynb #fd1ef020
@@ -306,13 +301,8 @@ def drawn_ap(
     times:np.ndarray|None=None, # (I,) how often each image was drawn; None: each once
 )->float: # AP, mean over thresholds and categories; nan without anybody to find
     "AP of a set of images in which images may be there several times, or not at all."
-    times = np.ones(len(judged.image_ids), int) if times is None else times
-    weight, values = times[judged.image], []
+    times, values = np.ones(len(judged.image_ids), int) if times is None else times, []
     for c, number in enumerate(judged.people @ times):
-        mine = np.where(judged.category == c, weight, 0)
-        for hit, counted in zip(judged.hit, judged.counted) if number else ():
-            at = np.flatnonzero(hit & (mine > 0))
-            found, total = np.cumsum(mine[at]), np.cumsum(np.where(counted, mine, 0))[at]
-            envelope = np.append(np.maximum.accumulate((found / (total + np.spacing(1)))[::-1])[::-1], 0)
-            values.append(envelope[np.searchsorted(found / number, RECALL_THRESHOLDS)].mean())
+        copies = np.repeat(np.arange(len(judged.image)), np.where(judged.category == c, times[judged.image], 0))
+        if number: values += [precision_recall(hit[copies], counted[copies], number)[0].mean() for hit, counted in zip(judged.hit, judged.counted)]
     return float(np.mean(values)) if values else np.nan

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['AssociativeEmbedding', 'sigma_cells', 'counted_cells', 'read_at', 'tag_loss', 'AELoss', 'find_peaks', 'group',
-           'quarter', 'complete', 'decode', 'full_maps', 'to_people', 'perfect_maps', 'grid_ceiling', 'AEMethod']
+           'quarter', 'complete', 'decode', 'full_maps', 'to_people', 'perfect_maps', 'score_perfect_maps', 'AEMethod']
 
 # %% ../nbs/45_associative_embedding.ipynb #4bb8ae2a
 import math
-from importlib import import_module
 import numpy as np, torch, torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -17,12 +16,12 @@ from .keypoints import COCO_PERSON
 from .coco import CocoKeypoints
 from .transforms import NestedTensor, eval_transforms
 from .backbone import Backbone
-from .poet import nested
+from .poet import LaterMethods, nested
 from .pretrain import draw_heatmaps, joint_list
 from .coco_eval import evaluate_keypoints, results_from_predictions
 
 # %% ../nbs/45_associative_embedding.ipynb #69d4300d
-class AssociativeEmbedding(nn.Module):
+class AssociativeEmbedding(nn.Module, LaterMethods):
     "ResNet, transposed convolutions, and for each joint a heatmap and a map of tags (paper, Table 2: AE + R50)."
     def __init__(self, config:Config):
         super().__init__()
@@ -44,20 +43,6 @@ class AssociativeEmbedding(nn.Module):
         "Maps at the stride of the configuration."
         maps = self.head(self.upsample(self.backbone(nested(samples).tensors)))
         return dict(zip(("heatmaps", "tags"), maps.chunk(2, 1)))
-
-    @torch.no_grad()
-    def people(self,
-        samples:NestedTensor, # normalised
-        sizes:Tensor,         # (B, 2) (height, width) of the original images, pixels
-    )->list[dict]: # per image scores (N,), labels (N,), keypoints (N, K, 3) in pixels (x, y, confidence)
-        "Poses of a batch, as `PostProcess` gives them for POET."
-        heatmaps, tags = full_maps(self, samples)
-        inside = samples.sizes().tolist()
-        return [to_people(*decode(h[:, :a, :b], t[:, :a, :b], self.config.ae), (a, b), size) for h, t, (a, b), size in zip(heatmaps, tags, inside, sizes.tolist())]
-
-    def predict(self, images, **options)->list[dict]:
-        "Scores, labels and keypoints in pixels of images, files or folders: `poet_nb.predict.predict` with this model."
-        return import_module("poet_nb.predict").predict(self, images, **options)
 
 # %% ../nbs/45_associative_embedding.ipynb #295faad7
 def sigma_cells(
@@ -241,6 +226,19 @@ def to_people(
     return dict(scores=scores, labels=torch.zeros(len(scores), dtype=torch.int64, device=scores.device),
                 keypoints=torch.cat([xy * scale, confidence.clamp(0, 1)[..., None]], -1))
 
+# %% ../nbs/45_associative_embedding.ipynb #a52f2dff
+@torch.no_grad()
+def _people(self,
+    samples:NestedTensor, # normalised
+    sizes:Tensor,         # (B, 2) (height, width) of the original images, pixels
+)->list[dict]: # per image scores (N,), labels (N,), keypoints (N, K, 3) in pixels (x, y, confidence)
+    "Poses of a batch, as `PostProcess` gives them for POET."
+    heatmaps, tags = full_maps(self, samples)
+    inside = samples.sizes().tolist()
+    return [to_people(*decode(h[:, :a, :b], t[:, :a, :b], self.config.ae), (a, b), size) for h, t, (a, b), size in zip(heatmaps, tags, inside, sizes.tolist())]
+
+AssociativeEmbedding.people = _people
+
 # %% ../nbs/45_associative_embedding.ipynb #fb20b538
 def perfect_maps(
     target:dict,   # of one image, keypoints in fractions of it
@@ -256,12 +254,12 @@ def perfect_maps(
     tags = 3. * far.argmin(0)[None] if len(far) else torch.zeros_like(heat)
     return F.interpolate(heat, size=size, mode="bilinear")[0], F.interpolate(tags.float(), size=size, mode="nearest")[0, ..., None]
 
-def grid_ceiling(
+def score_perfect_maps(
     data:CocoKeypoints,  # without transforms
     config:Config,       # model.stride, ae, data.eval_scale, data.max_size
     limit:int|None=None, # only the first so many images
 )->dict: # COCO's ten numbers
-    "What perfect maps score: the most that any training could reach on this grid."
+    "What a network scores that answers its training targets exactly; other maps may score more or less."
     found, rows, resize = [], range(len(data))[:limit], eval_transforms(config.data)
     for i in rows:
         image, target = resize(*data.load(i))

@@ -227,9 +227,12 @@ class PersonTable:
     visibility: np.ndarray # (T, K) uint8 0, 1 or 2
     boxes: np.ndarray      # (T, 4) float32 (x0, y0, x1, y1) pixels
     area: np.ndarray       # (T,) float32 pixels^2
-    crowds: np.ndarray     # (I,) int64 crowd regions of an image; they have no rows
-    crowd_boxes: np.ndarray # (R, 4) float32, as boxes; of all images, one after another
+    crowd_start: np.ndarray # (I + 1,) int64; crowd regions have no rows, only boxes: those of image i are crowd_start[i] to crowd_start[i + 1]
+    crowd_boxes: np.ndarray # (R, 4) float32, as boxes
     outside: int           # labelled joints outside their image, made unlabelled
+
+    @property
+    def crowds(self)->np.ndarray: return np.diff(self.crowd_start) # (I,) crowd regions of an image
 
 # %% ../nbs/04_coco.ipynb #def1bb80
 def check_ids(
@@ -291,18 +294,16 @@ def person_table(
     ids, rows, category_ids = check_ids(records, images, coco["categories"], file)
     kept = np.flatnonzero(np.isin(category_ids, wanted))
     joints, boxes, area, crowd = check_poses([records[i] for i in kept], len(chosen[0]["keypoints"]), file)
-    people = np.flatnonzero(crowd == 0)
-    people = people[np.argsort(rows[kept[people]], kind="stable")]
-    regions = np.flatnonzero(crowd == 1)
-    regions = regions[np.argsort(rows[kept[regions]], kind="stable")]
-    crowds, kept = np.bincount(rows[kept[regions]], minlength=count), kept[people]
+    order = np.argsort(rows[kept], kind="stable")
+    people, regions = order[crowd[order] == 0], order[crowd[order] == 1]
+    starts = lambda chosen: np.concatenate([[0], np.cumsum(np.bincount(rows[kept[chosen]], minlength=count))]) # of each image's part
+    start, crowd_start, kept = starts(people), starts(regions), kept[people]
     joints, outside = forget_outside(joints[people], images.sizes[rows[kept]])
     if outside: warnings.warn(f"{file}: {outside} labelled joints lie outside their image and count as unlabelled")
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
-    start = np.concatenate([[0], np.cumsum(np.bincount(rows[kept], minlength=count))])
     labels = np.array([wanted.index(c) for c in category_ids[kept].tolist()], np.int64)
     return PersonTable(start, ids[kept], labels, joints[..., :2].astype(np.float32), joints[..., 2].astype(np.uint8),
-                       boxes[people], area[people].astype(np.float32), crowds, boxes[regions], outside)
+                       boxes[people], area[people].astype(np.float32), crowd_start, boxes[regions], outside)
 
 # %% ../nbs/04_coco.ipynb #8b4e7d3c
 @dataclass
@@ -336,11 +337,11 @@ def image_target(
     "The people of one image in pixels; of crowds only the boxes, under `ignore`."
     a, b = index.people.start[row:row + 2]
     size, people = index.images.sizes[row], index.people
-    before = int(people.crowds[:row].sum())
+    c, d = people.crowd_start[row:row + 2]
     copy = lambda array: torch.from_numpy(array[a:b].copy())
     return dict(image_id=torch.tensor(int(index.images.ids[row])), labels=copy(people.labels),
                 keypoints=tv_tensors.KeyPoints(copy(people.keypoints), canvas_size=tuple(size.tolist())), visibility=copy(people.visibility).long(),
-                area=copy(people.area), boxes=copy(people.boxes), ignore=torch.from_numpy(people.crowd_boxes[before:before + people.crowds[row]].copy()), iscrowd=torch.zeros(int(b - a), dtype=torch.int64),
+                area=copy(people.area), boxes=copy(people.boxes), ignore=torch.from_numpy(people.crowd_boxes[c:d].copy()), iscrowd=torch.zeros(int(b - a), dtype=torch.int64),
                 orig_size=torch.from_numpy(size.copy()), size=torch.from_numpy(size.copy()))
 
 # %% ../nbs/04_coco.ipynb #fffcdf25

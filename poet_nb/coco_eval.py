@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'OKS_THRESHOLDS', 'RECALL_THRESHOLDS', 'AREA_RANGES', 'MAX_DETECTIONS', 'KeypointGroundTruth',
            'load_ground_truth', 'KeypointResults', 'load_results', 'save_results', 'results_from_predictions',
            'to_coco_results', 'rank_detections', 'pair_up', 'pair_oks', 'may_reach', 'match_greedy', 'precision_recall',
-           'summarize', 'evaluate_keypoints', 'random_coco', 'best_oks']
+           'summarize', 'choose_images', 'judge_detections', 'evaluate_keypoints', 'random_coco', 'best_oks']
 
 # %% ../nbs/30_coco_eval.ipynb #f32c1555
 import contextlib, io, json, warnings
@@ -417,8 +417,11 @@ def summarize(
     return dict(zip(METRICS, [mean(table, t, a) for table in (precision, recall) for t, a in parts]))
 
 # %% ../nbs/30_coco_eval.ipynb #fdd3ad85
-def _choose_images(truth, images):
-    "(I,) bool, the images to score."
+def choose_images(
+    truth:KeypointGroundTruth,
+    images,             # "all", "annotated" or a list of image ids
+)->np.ndarray: # (I,) bool
+    "The images to score. Raises: DataError for one that the ground truth does not know, or none."
     annotated = np.isin(np.arange(len(truth.image_ids)), truth.image_index)
     if isinstance(images, str) and images in ("all", "annotated"): keep = annotated if images == "annotated" else np.ones_like(annotated)
     else:
@@ -472,8 +475,12 @@ def _average(truth, keep, ignored, category, hit, counted):
     return summarize(precision, recall)
 
 # %% ../nbs/30_coco_eval.ipynb #f3cf5261
-def _score(truth, results, keep):
-    "COCO's ten numbers on the images `keep` (I,) bool."
+def judge_detections(
+    truth:KeypointGroundTruth,
+    results:KeypointResults,
+    keep:np.ndarray,    # (I,) bool, the images to score
+)->tuple: # (D,) cell of each detection, best score first; (A, P) bool, people who don't count; (A, T, D) bool hits; (A, T, D) bool, detections that count
+    "Match the detections of some images with their people, for every area range and threshold."
     index, rank, cells = _ranked(truth, results, keep)
     x, y = results.keypoints[:, :, 0], results.keypoints[:, :, 1]
     low, high = np.stack([x.min(1), y.min(1)])[:, index], np.stack([x.max(1), y.max(1)])[:, index]
@@ -486,7 +493,11 @@ def _score(truth, results, keep):
     similarity = pair_oks(truth, results.keypoints, index[detection], person)
     detection, person, similarity = (a[similarity >= thresholds[0]] for a in (detection, person, similarity))
     match = match_greedy(detection, person, similarity, rank, ignored, truth.crowd, thresholds)
-    hit, counted = _hits(truth, ignored, outside, detection, person, match)
+    return cells, ignored, *_hits(truth, ignored, outside, detection, person, match)
+
+def _score(truth, results, keep):
+    "COCO's ten numbers on the images `keep` (I,) bool."
+    cells, ignored, hit, counted = judge_detections(truth, results, keep)
     return _average(truth, keep, ignored, cells // len(keep), hit, counted)
 
 # %% ../nbs/30_coco_eval.ipynb #851b1a5d
@@ -531,7 +542,7 @@ def evaluate_keypoints(
     engines = dict(numpy=_score, pycocotools=_score_pycocotools)
     if engine not in engines: raise DataError(f"engine must be one of {list(engines)}, not {engine!r}")
     truth, results = load_ground_truth(ground_truth, sigmas, category_id), load_results(results)
-    keep = _choose_images(truth, images)
+    keep = choose_images(truth, images)
     if not len(results): warnings.warn(f"{results.name}: there are no results, so every person is missed")
     numbers = engines[engine](truth, results, keep)
     if numbers["AR"] == -1: warnings.warn(f"{truth.name}: nobody with joints in the {keep.sum()} images scored, so the numbers are -1")
@@ -607,7 +618,7 @@ def best_oks(
 )->dict: # arrays (R,) over people who count: image_id, annotation_id, matched (bool), result (index, -1: none in this image), oks, score
     "For each person the result that found it, else the result closest to it."
     truth, results = load_ground_truth(ground_truth, sigmas, category_id), load_results(results)
-    keep = _choose_images(truth, images)
+    keep = choose_images(truth, images)
     index, rank, cells = _ranked(truth, results, keep)
     detection, person = pair_up(cells, truth.cells)
     similarity = pair_oks(truth, results.keypoints, index[detection], person)

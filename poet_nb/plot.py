@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'MM', 'ONE_COLUMN', 'TWO_COLUMNS', 'STYLE', 'LOSS_PARTS', 'CURVE_COLORS', 'METADATA', 'person_color',
            'paper_style', 'to_image', 'joint_states', 'show_image', 'draw_person', 'check_joints', 'draw_poses',
            'overlay_poses', 'aspect_of', 'gallery', 'contact_sheet', 'plot_predictions', 'read_metrics', 'lr_drops',
-           'mark_lr_drops', 'loss_parts', 'plot_losses', 'plot_map', 'run_caption', 'save_fig']
+           'mark_lr_drops', 'loss_parts', 'plot_losses', 'plot_map', 'run_caption', 'markdown_table', 'save_fig']
 
 # %% ../nbs/02_plot.ipynb #f5992308
 import io, json, os
@@ -426,6 +426,14 @@ def run_caption(
     if environment.get("dirty"): commit += " with changes"
     where = f"{Path(data.get('root', 'unknown')).name}/{data.get('val', '?')}"
     return f"Run {Path(run).resolve().name} ({config.get('name', 'unknown')}), data {where}, seed {seed}, commit {commit}."
+
+# %% ../nbs/02_plot.ipynb #a9b7d13d
+def markdown_table(
+    head, # names of the columns
+    rows, # of cells, as they are to be shown
+)->str: # lines joined
+    "A table in Markdown."
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [list(head), ["---"] * len(list(head)), *rows])
 
 # %% ../nbs/02_plot.ipynb #10278d6b
 METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}

@@ -24,22 +24,22 @@ from .plot import CURVE_COLORS, ONE_COLUMN, PALETTE, TWO_COLUMNS, aspect_of, joi
 # %% ../nbs/42_plot_analysis.ipynb #fcb9190b
 METHOD_COLORS = {"POET": PALETTE[0], "AE": PALETTE[3]}
 
-def _stride_panel(ax, series, ceiling, title):
+def _stride_panel(ax, series, exact, title):
     "One panel of figure 1: {method: {stride: AP or APs}}."
     for name, points in series.items():
         color, strides = METHOD_COLORS[name], sorted(points)
         runs = [np.atleast_1d(points[s]) for s in strides]
-        ax.plot(strides, [r.mean() for r in runs], color=color, label=name, marker="o" if all(len(r) == 1 for r in runs) else None)
-        ax.plot(np.repeat(strides, [len(r) for r in runs]), np.concatenate(runs), ls="none", marker="o", markersize=3.5, color=color)
-    if ceiling: ax.plot(sorted(ceiling), [ceiling[s] for s in sorted(ceiling)], color="0.45", ls=(0, (4, 2)), marker="D", markersize=3.5, label="AE, perfect maps")
-    everywhere = sorted({s for points in series.values() for s in points} | set(ceiling or {}))
+        ax.plot(strides, [r.mean() for r in runs], color=color, label=name, marker="o" if all(len(r) == 1 for r in runs) else None, clip_on=False)
+        ax.plot(np.repeat(strides, [len(r) for r in runs]), np.concatenate(runs), ls="none", marker="o", markersize=3.5, color=color, clip_on=False)
+    if exact: ax.plot(sorted(exact), [exact[s] for s in sorted(exact)], color="0.45", ls=(0, (4, 2)), marker="D", markersize=3.5, label="AE, perfect maps", clip_on=False)
+    everywhere = sorted({s for points in series.values() for s in points} | set(exact or {}))
     ax.set_xscale("log", base=2); ax.set_xticks(everywhere, [str(s) for s in everywhere]); ax.minorticks_off()
     ax.set(xlabel="stride (pixels a cell)", title=title)
 
 def plot_stride(
     paper:dict,         # method -> {stride: AP}, 0 to 1, as printed
     ours:dict,          # method -> {stride: AP or list of APs of several runs}, 0 to 1
-    ceiling:dict|None=None, # {stride: AP} of perfect maps on the data of `ours`
+    exact:dict|None=None, # {stride: AP} of perfect maps on the data of `ours`
     titles=("a) as printed, COCO", "b) here"), # of the panels
 ): # the figure
     "AP against the stride of the network (paper, Fig. 1). Raises: PoetError for a method without a colour or nothing to draw."
@@ -47,7 +47,7 @@ def plot_stride(
     if unknown or not paper: raise PoetError(f"methods {sorted(unknown) or 'none'}: give AP of {' and '.join(METHOD_COLORS)} by stride")
     with paper_style():
         fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 2.5), layout="constrained", sharey=True)
-        _stride_panel(axes[0], paper, None, titles[0]); _stride_panel(axes[1], ours, ceiling, titles[1])
+        _stride_panel(axes[0], paper, None, titles[0]); _stride_panel(axes[1], ours, exact, titles[1])
         axes[0].set(ylabel="AP", ylim=(0, None))
         for ax in axes:
             if ax.get_legend_handles_labels()[0]: ax.legend(loc="best")

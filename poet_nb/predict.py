@@ -90,8 +90,8 @@ def predict_batch(
     device = samples.tensors.device
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32)):
         samples = normalize(samples, dtype=next(model.parameters()).dtype)
-        outputs, found = (None, model.people(samples, sizes)) if hasattr(model, "people") else (model(samples), None)
-    if found is None: found = PostProcess()({k: v.float() for k, v in outputs.items() if isinstance(v, Tensor)}, sizes.to(device))
+        if hasattr(model, "people"): found = model.people(samples, sizes)
+        else: found = PostProcess()({k: v.float() for k, v in model(samples).items() if isinstance(v, Tensor)}, sizes.to(device))
     found = [{k: v.cpu() for k, v in image.items()} for image in found]
     order = [image["scores"].argsort(descending=True, stable=True) for image in found]
     return [{k: v[o] for k, v in image.items()} for image, o in zip(found, order)]

@@ -2,6 +2,8 @@
 import json
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,29 @@ def close_figures():
     yield
     import matplotlib.pyplot as plt
     plt.close("all")
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    "serve(answer): address of a web server on this machine that answers each GET and HEAD by calling `answer` with the handler."
+    for name in ("no_proxy", "NO_PROXY"): monkeypatch.setenv(name, "127.0.0.1")
+    servers = []
+
+    def start(answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                try: answer(self)
+                except (ConnectionError, BrokenPipeError): pass
+            do_HEAD = do_GET
+            def log_message(self, *args): pass
+
+        web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        web.daemon_threads = True
+        threading.Thread(target=web.serve_forever, daemon=True, kwargs=dict(poll_interval=.02)).start()
+        servers.append(web)
+        return f"http://127.0.0.1:{web.server_port}"
+    yield start
+    for web in servers: web.shutdown(); web.server_close()
 
 
 PERSON = dict(id=1, name="person", supercategory="person", skeleton=[[1, 2], [1, 3]], keypoints=["nose", "left_hand", "right_hand"])

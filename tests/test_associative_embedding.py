@@ -1,6 +1,8 @@
 """The baseline: maps that are made by hand come back as the poses they encode, losses as they are on paper, runs as POET's do."""
+import contextlib
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from poet_nb import engine
 from poet_nb.associative_embedding import (AELoss, AEMethod, AssociativeEmbedding, complete, counted_cells, decode, find_peaks, full_maps, group, quarter, read_at,
                                            sigma_cells, tag_loss)
 from poet_nb.cli import main
@@ -269,16 +272,19 @@ def scenes(tmp_path_factory):
     return root
 
 
-def test_train_stop_resume_and_eval_as_for_poet(scenes, tmp_path, capsys):
+def test_train_stop_resume_and_eval_as_for_poet(scenes, tmp_path, capsys, monkeypatch):
     config = override(TINY, **{"data.root": str(scenes)})
     log = fit(config, tmp_path / "run", progress=False)
     assert [line["epoch"] for line in log] == [1, 2] and {"loss_heatmaps", "loss_push", "loss_pull"} <= log[0]["train"].keys() and "AP" in log[1]["coco"]
     model = build_poet(tmp_path / "run")
     again = evaluate(model, config, choose_device("cpu"), progress=False)
     assert again[0]["AP"] == pytest.approx(log[1]["coco"]["AP"], abs=.02)                            # the stored weights are 16-bit
-    half = override(config, **{"train.epochs": 2})
-    fit(half, tmp_path / "half", progress=False, resume=False)
-    assert fit(half, tmp_path / "half", progress=False, resume=True)[-1]["train"] == log[-1]["train"]
+    stop = threading.Event(); stop.set()
+    with monkeypatch.context() as m:
+        m.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(stop))                     # Ctrl-C in the first step
+        assert fit(config, tmp_path / "half", progress=False) == [] and not (tmp_path / "half/metrics.jsonl").exists()
+    resumed = fit(config, tmp_path / "half", progress=False, resume=True)
+    assert [line["train"] for line in resumed] == [line["train"] for line in log] and resumed[-1]["coco"] == log[-1]["coco"]
     assert main(["eval", "--run", str(tmp_path / "run"), "--json", "--quiet"]) == 0
     assert "AP" in json.loads(capsys.readouterr().out.splitlines()[-1])
     assert main(["eval", "--run", str(tmp_path / "run"), "--layer", "2"]) == 2 and "no decoder layers" in capsys.readouterr().err

@@ -60,6 +60,16 @@ def test_presets_have_their_name_and_survive(name):
     assert preset(name).name == name and config_from_dict(preset(name).to_dict()) == preset(name) == preset(name)
 
 
+@pytest.mark.parametrize("text, value", [(".5", .5), ("0.5", .5), ("5e-1", .5), ("1", 1.)])
+def test_a_number_may_begin_with_its_point(text, value):
+    assert override(Config(), **{"data.crop_prob": text}).data.crop_prob == value
+    assert override(Config(), **{"data.affine_scale": f"[{text}, 2]"}).data.affine_scale == (value, 2.)
+
+
+def test_a_point_in_a_name_stays_as_it_is():
+    assert override(Config(), **{"data.root": "./v.5/.5x"}).data.root == "./v.5/.5x"
+
+
 @given(st.sampled_from(FIELDS), st.data())
 def test_override_changes_one_field_by_value_or_by_text(field, data):
     part, name = field

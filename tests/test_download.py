@@ -4,11 +4,10 @@ import io
 import json
 import os
 import re
-import threading
 import time
 import zipfile
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -56,25 +55,12 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, serve):
     "A server that behaves until it is told otherwise."
-    for name in ("no_proxy", "NO_PROXY"): monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.delenv("POET_COCO_URL", raising=False)
     state = Server(files={"/file": BYTES})
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            try: state.answer(self)
-            except (ConnectionError, BrokenPipeError): pass
-        def log_message(self, *args): pass
-
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    state.url = f"http://127.0.0.1:{web.server_port}"
-    threading.Thread(target=web.serve_forever, daemon=True, kwargs=dict(poll_interval=.02)).start()
-    yield state
-    web.shutdown()
-    web.server_close()
+    state.url = serve(state.answer)
+    return state
 
 
 def patient(server, **options) -> Source: return Source(server.url, **{**dict(wait=.001, timeout=.5, retries=4, progress=False), **options})

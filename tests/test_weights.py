@@ -3,12 +3,10 @@ import json
 import math
 import pickle
 import sys
-import threading
 import types
 import zipfile
 from argparse import Namespace
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -404,32 +402,24 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 # ---- downloads ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def server(monkeypatch):
+def server(serve):
     "files: path -> bytes; of each request in `cut` only so many bytes are sent; log: (path, Range)."
-    for name in ("no_proxy", "NO_PROXY"): monkeypatch.setenv(name, "127.0.0.1")
     state = types.SimpleNamespace(files={}, cut={}, log=[])
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            wanted, content, number = self.headers.get("Range"), state.files.get(self.path.split("?")[0]), len(state.log)
-            state.log.append((self.path, wanted))
-            start = int(wanted[6:-1]) if wanted and content else 0
-            self.send_response(404 if content is None else 206 if start else 200)
-            body = (content or b"")[start:]
-            if start: self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("ETag", '"one"')
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[:state.cut.get(number)])
-        def log_message(self, *args): pass
+    def answer(handler):
+        wanted, content, number = handler.headers.get("Range"), state.files.get(handler.path.split("?")[0]), len(state.log)
+        state.log.append((handler.path, wanted))
+        start = int(wanted[6:-1]) if wanted and content else 0
+        handler.send_response(404 if content is None else 206 if start else 200)
+        body = (content or b"")[start:]
+        if start: handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        handler.send_header("ETag", '"one"')
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:state.cut.get(number)])
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    state.url = f"http://127.0.0.1:{web.server_port}"
-    threading.Thread(target=web.serve_forever, daemon=True, kwargs=dict(poll_interval=.02)).start()
-    yield state
-    web.shutdown()
-    web.server_close()
+    state.url = serve(answer)
+    return state
 
 
 QUICK = Source(retries=2, wait=.001, timeout=2, progress=False)
@@ -551,42 +541,31 @@ def test_what_the_hub_is_asked_for_and_sent(monkeypatch, tmp_path, tiny):
     with pytest.raises(PoetError, match="stranger/poet: not sent.*PermissionError.*logged in"): tiny.push_to_hub("stranger/poet")
 
 
-def test_the_hubs_own_package_against_a_server_of_its_protocol(monkeypatch, tmp_path, tiny):
+def test_the_hubs_own_package_against_a_server_of_its_protocol(monkeypatch, tmp_path, tiny, serve):
     "The real package; the server answers as the hub does: the list of files of a commit, and each file with its ETag."
     hub = pytest.importorskip("huggingface_hub")
     commit, files = "0123456789abcdef0123456789abcdef01234567", {p.name: p.read_bytes() for p in tiny.save_pretrained(tmp_path / "saved").iterdir()} | {"README.md": b"not wanted"}
     asked = []
 
-    class Hub(BaseHTTPRequestHandler):
-        def answer(self, with_body):
-            path = self.path.split("?")[0]
-            asked.append(path)
-            name = path.rsplit("/", 1)[-1]
-            body, code, more = b"{}", 404, {}
-            if path.startswith("/api/models/owner/poet/revision/"):
-                body, code = json.dumps(dict(id="owner/poet", modelId="owner/poet", sha=commit, private=False, tags=[], downloads=0, likes=0, siblings=[dict(rfilename=n) for n in files])).encode(), 200
-            elif "/api/models/owner/poet/tree/" in path:
-                body, code = json.dumps([dict(type="file", path=n, size=len(b), oid=sha256(b).hexdigest()[:40]) for n, b in files.items()]).encode(), 200
-            elif path.startswith("/owner/poet/resolve/") and name in files:
-                body, code, more = files[name], 200, {"ETag": f'"{sha256(files[name]).hexdigest()[:40]}"', "X-Repo-Commit": commit}
-            self.send_response(code)
-            for k, v in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | more).items(): self.send_header(k, v)
-            self.end_headers()
-            if with_body: self.wfile.write(body)
-        def do_GET(self): self.answer(True)
-        def do_HEAD(self): self.answer(False)
-        def log_message(self, *args): pass
+    def answer(handler):
+        path = handler.path.split("?")[0]
+        asked.append(path)
+        name = path.rsplit("/", 1)[-1]
+        body, code, more = b"{}", 404, {}
+        if path.startswith("/api/models/owner/poet/revision/"):
+            body, code = json.dumps(dict(id="owner/poet", modelId="owner/poet", sha=commit, private=False, tags=[], downloads=0, likes=0, siblings=[dict(rfilename=n) for n in files])).encode(), 200
+        elif "/api/models/owner/poet/tree/" in path:
+            body, code = json.dumps([dict(type="file", path=n, size=len(b), oid=sha256(b).hexdigest()[:40]) for n, b in files.items()]).encode(), 200
+        elif path.startswith("/owner/poet/resolve/") and name in files:
+            body, code, more = files[name], 200, {"ETag": f'"{sha256(files[name]).hexdigest()[:40]}"', "X-Repo-Commit": commit}
+        handler.send_response(code)
+        for k, v in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | more).items(): handler.send_header(k, v)
+        handler.end_headers()
+        if handler.command == "GET": handler.wfile.write(body)
 
-    for name in ("no_proxy", "NO_PROXY"): monkeypatch.setenv(name, "127.0.0.1")
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=web.serve_forever, daemon=True, kwargs=dict(poll_interval=.02)).start()
-    real = hub.snapshot_download
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **options: real(repo, endpoint=f"http://127.0.0.1:{web.server_port}", cache_dir=tmp_path / "cache", token=False, **options))
-    try:
-        again = Poet.from_pretrained("owner/poet", revision="main")
-        with pytest.raises(CheckpointError, match="owner/none: .*the hub does not give it"): Poet.from_pretrained("owner/none")
-    finally:
-        web.shutdown()
-        web.server_close()
+    real, address = hub.snapshot_download, serve(answer)
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **options: real(repo, endpoint=address, cache_dir=tmp_path / "cache", token=False, **options))
+    again = Poet.from_pretrained("owner/poet", revision="main")
+    with pytest.raises(CheckpointError, match="owner/none: .*the hub does not give it"): Poet.from_pretrained("owner/none")
     assert again.config == tiny.config and all(torch.equal(v, again.state_dict()[k]) for k, v in tiny.state_dict().items())
     assert not any(path.endswith("README.md") for path in asked), "only what a model needs is fetched"
