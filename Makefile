@@ -31,7 +31,7 @@ SCRIPTS = $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'
 FIGURES := nbs/[56]*_*.ipynb
 SYNTH := data/synth/annotations/person_keypoints_val2017.json
 
-.PHONY: help install data figures test test-notebooks test-python test-slow check execute tidy export readme hooks clean
+.PHONY: help install data figures test test-notebooks test-python test-slow check execute tidy export readme docs hooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ export: install ## notebooks -> poet_nb/
 
 readme: install ## nbs/index.ipynb -> README.md
 	@$(PY) tools/readme.py
+
+docs: install ## the notebooks as a site with search and reference -> _docs/
+	@$(PY) -c 'import material, latex2mathml' 2>/dev/null || $(PY) -m pip install --quiet $(PIP_ARGS) --editable ".[docs]"
+	@$(PY) tools/docs.py
 
 hooks: install ## teach this clone's git to merge notebooks cell by cell
 	@git config --local merge.nbdev-merge.name "merge notebooks cell by cell"

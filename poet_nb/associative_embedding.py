@@ -102,9 +102,10 @@ class AELoss(nn.Module):
         super().__init__()
         self.network, self.config = model, config
 
-    def forward(self, samples:NestedTensor, targets:list, num_people=None)->dict: # num_people: not needed, images are averaged
+    def forward(self, samples:NestedTensor, targets:list, num_people=None, num_images=None)->dict: # images are averaged, so num_people is not needed
         maps = self.network(samples)
-        with torch.autocast(samples.tensors.device.type, enabled=False): return self.losses({k: v.float() for k, v in maps.items()}, samples, targets)
+        with torch.autocast(samples.tensors.device.type, enabled=False): losses = self.losses({k: v.float() for k, v in maps.items()}, samples, targets)
+        return losses if num_images is None else {k: v * (len(targets) / num_images) for k, v in losses.items()}
 
     def losses(self, maps:dict, samples:NestedTensor, targets:list)->dict:
         "Maps (B, K, h, w) and targets -> \"loss\" and its unweighted parts."
@@ -290,3 +291,8 @@ class AEMethod:
         "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
         task = AELoss(model, config)
         return lambda samples, targets: (task(samples, targets), model.people(samples, torch.stack([t["orig_size"] for t in targets])))
+
+    @staticmethod
+    def people(model:nn.Module, layer:int=-1):
+        "A function of (samples, sizes): what is predicted for each image, without any annotation to compare it with."
+        return model.people

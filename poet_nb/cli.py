@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
-           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device',
-           'check_data', 'train_config', 'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run',
-           'layer_index', 'score_run', 'run_eval', 'expand_images', 'overlay_names', 'run_skeleton', 'run_predict',
-           'find_checkout', 'figure_job', 'run_figures', 'check_software', 'free_memory', 'check_precision',
-           'check_machine', 'check_split', 'check_datasets', 'check_run', 'check_runs', 'run_doctor']
+           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device', 'find_data',
+           'sizes_of', 'check_data', 'adapt_model', 'train_config', 'check_resume', 'weights_of', 'report_run',
+           'run_train', 'load_run', 'layer_index', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission',
+           'run_eval', 'expand_sources', 'overlay_path', 'run_categories', 'run_skeleton', 'PredictJob',
+           'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict', 'model_named', 'run_export',
+           'find_checkout', 'figure_job', 'run_figures', 'run_bench_command', 'check_software', 'free_memory',
+           'check_precision', 'check_machine', 'check_split', 'check_datasets', 'check_dataset', 'check_run',
+           'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
-import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings
+import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -28,11 +32,17 @@ from .config import CheckpointError, Config, ConfigError, DataError, PoetError, 
 from .keypoints import COCO_PERSON, DEFAULT_SIGMA, Skeleton
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
-from .coco import download_coco, open_coco
+from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, open_split
 from .poet import Poet, build_poet
+from .weights import categories_beside, start_from
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
-from .engine import autocast_dtype, bf16_speed, choose_device, evaluate, fit
-from .predict import IMAGE_SUFFIXES, iter_predictions, list_images, load_image
+from .distributed import is_main, was_restarted
+from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
+from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
+from .results import ResultsWriter
+from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
+from .predict import IMAGE_SUFFIXES, PredictOptions, download, is_url, layer_index as find_layer, load_image, stream_predictions
+from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
 
 # %% ../nbs/33_cli.ipynb #5ab4e060
 _REMEDIES = {errno.ENOENT: "there is no such file or folder; is the path right?",
@@ -82,7 +92,8 @@ def explain_memory(
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)): raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        raise PoetError(f"out of memory ({reason:.120}): {remedy}") from error
+        batch = f" with {error.batch}" if hasattr(error, "batch") else ""         # see `tells_size` in notebook 31
+        raise PoetError(f"out of memory{batch} ({reason:.120}): {remedy}") from error
 
 # %% ../nbs/33_cli.ipynb #4d379ac8
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def main(
             return 141
         except (PoetError, OSError) as error:
             if _wants_traceback(args): raise
-            print(f"poet: error: {explain(error)}", file=sys.stderr)
+            if is_main(): print(f"poet: error: {explain(error)}", file=sys.stderr) # of several processes one is enough
             return 2
 
 # %% ../nbs/33_cli.ipynb #a529ba5b
@@ -269,22 +280,47 @@ def usable_device(
     return device
 
 # %% ../nbs/33_cli.ipynb #e9720b0a
-def check_data(
+def find_data(
     config:Config,
     splits:list[str], # those that are needed
-)->None:
-    "Raises: DataError that says how to get data, ConfigError where the model's joints or classes are not the data's."
+)->CocoKeypoints: # the last of them
+    "Open a dataset. Raises: DataError that says how to get it."
     root = Path(config.data.root)
     kind, there = "coco" if "coco" in root.name.lower() else "synth", sorted(root.glob("annotations/person_keypoints_*.json"))
     for file in (root / "annotations" / f"person_keypoints_{split}.json" for split in splits):
         if file not in there:
             raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(f.name for f in there) + ')' if there else ''}; "
                             f"`poet data {kind} --folder {root}` {'downloads COCO' if kind == 'coco' else 'draws synthetic people'}, --data names another dataset")
-    data = open_coco(root, splits[-1])
-    for field, found in (("num_keypoints", data.skeleton.num_keypoints), ("num_classes", len(data.category_ids))):
-        if getattr(config.model, field) != found:
-            raise ConfigError(f"field model.{field}: the model has {getattr(config.model, field)}, {data.annotations_file} has {found}; "
-                              f"take other data, or train with --set model.{field}={found}")
+    return open_split(config.data, splits[-1])
+
+def sizes_of(
+    data:CocoKeypoints,
+)->dict[str, int]: # field of the configuration -> its value
+    "How many joints and classes a model of these data has."
+    return {"model.num_keypoints": data.skeleton.num_keypoints, "model.num_classes": len(data.category_ids)}
+
+def check_data(
+    config:Config,
+    splits:list[str], # those that are needed
+)->CocoKeypoints: # the last of them
+    "Open a dataset. Raises: DataError, ConfigError where the model's joints or classes are not the data's."
+    data = find_data(config, splits)
+    for field, found in sizes_of(data).items():
+        own = getattr(config.model, field.removeprefix("model."))
+        if own != found: raise ConfigError(f"field {field}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {field}={found}")
+    return data
+
+# %% ../nbs/33_cli.ipynb #cca9a703
+def adapt_model(
+    config:Config,
+    data:CocoKeypoints,
+    fixed:set[str]=frozenset(), # fields that are meant as they are
+)->tuple[Config, str]: # the adapted configuration; what was changed and why, "" for nothing
+    "Give a model as many joints and classes as its data have."
+    changes = {f: n for f, n in sizes_of(data).items() if f not in fixed and getattr(config.model, f.removeprefix("model.")) != n}
+    names = ", ".join(data.index.names[:5]) + ", ..." * (len(data.index.names) > 5)
+    told = f"{data.annotations_file}: {names} of {data.skeleton.num_keypoints} joints, so " + ", ".join(f"{f}={n}" for f, n in changes.items())
+    return (override(config, **changes), told) if changes else (config, "")
 
 # %% ../nbs/33_cli.ipynb #bf355e74
 def train_config(
@@ -339,7 +375,7 @@ def report_run(
 # %% ../nbs/33_cli.ipynb #31684d7c
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
-         option("--run", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with"),
+         option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
          option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", type=Path, metavar="RUN", help="start from the weights of this run folder or file"),
@@ -349,15 +385,23 @@ def run_train(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
     "`poet train`: check everything that can be checked, then train."
-    check_resume(args.run, args.resume)
-    config = train_config(args)
+    args.resume |= was_restarted()
+    args.quiet |= not is_main()
+    if is_main() and not was_restarted(): check_resume(args.run, args.resume)
+    config, told = train_config(args), []
     device, d, t = usable_device(config.train.device), config.data, config.train
     init = weights_of(args.init) if args.init else None
-    if init: build_poet(config, init)
-    check_data(config, [d.train, d.val])
+    gone_on = args.resume and not (args.preset or args.config) and (args.run / "config.json").is_file() # with the run's own configuration
+    data = find_data(config, [d.train, d.val])
+    config, changed = adapt_model(config, data, set(sizes_of(data)) if gone_on else {word.partition("=")[0].replace("__", ".") for word in args.set})
+    check_data(config, [d.val])
+    if init: told = start_from(init, config, data.categories)[1]
+    if not args.quiet and changed: print(changed)
+    if not args.quiet and told: print(f"{init}: everything taken over but new ones for " + "; ".join(told))
     pre = f" after {t.pretrain_epochs} of pre-training" if t.pretrain_epochs and not init else ""
     if not args.quiet: print(f"{config.name} on {device}: {t.epochs} epochs{pre}, {t.batch_size} images a step, {d.root}/{d.train} -> {args.run}")
     with explain_memory(memory_remedy(config)): log = fit(config, args.run, args.resume, not args.quiet, init)
+    if not is_main(): return 0 if log and log[-1]["epoch"] >= t.epochs else 130
     return report_run(args.run, config, log)
 
 # %% ../nbs/33_cli.ipynb #8d030f60
@@ -374,39 +418,84 @@ def layer_index(
     config:Config,
 )->int: # index into the list of predictions
     "Where the predictions of a decoder layer are. Raises: ConfigError."
-    last = config.model.dec_layers
-    if layer is not None and config.model.method != "poet": raise ConfigError(f"--layer {layer}: a run of method {config.model.method!r} has no decoder layers")
-    if layer is not None and not 1 <= layer <= last: raise ConfigError(f"--layer {layer}: this model has decoder layers 1 to {last}")
-    return (layer or last) - 1
+    try: return find_layer(layer, config)
+    except ConfigError as error: raise ConfigError(f"--{error}") from None
 
 # %% ../nbs/33_cli.ipynb #d2b1c2de
 _RUN = Path("data/runs/tiny") # the run that comes with the repository
 
-def score_run(
+def eval_model(
     args:argparse.Namespace, # of `poet eval`
-)->tuple[Path, list]: # annotation file, results in COCO's format
-    "Predict the validation images of a run. Raises: PoetError."
+)->tuple[Poet, Config]: # on its device; the configuration with what the options change
+    "The model of a run, ready to predict. Raises: PoetError."
     model = load_run(args.run or _RUN)
     config = with_settings(model.config, args)
-    if args.split: config = override(config, **{"data.val": json.dumps(args.split)})
     if (config.model, config.loss) != (model.config.model, model.config.loss): raise ConfigError("--set: model and loss of a trained run can't be changed, only fields of data and train")
-    layer, device = layer_index(args.layer, config), usable_device(config.train.device)
-    check_data(config, [config.data.val])
-    file = open_coco(config.data.root, config.data.val).annotations_file
-    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model.to(device), config, device, layer=layer, progress=not args.quiet)[2]
-    return file, results
+    layer_index(args.layer, config)
+    return model.to(usable_device(config.train.device)), config
+
+def score_run(
+    args:argparse.Namespace, # of `poet eval`
+)->tuple[CocoKeypoints, list]: # the split, results in COCO's format
+    "Predict the validation images of a run. Raises: PoetError."
+    model, config = eval_model(args)
+    if args.split: config = override(config, **{"data.val": json.dumps(args.split)})
+    data, device = check_data(config, [config.data.val]), next(model.parameters()).device
+    if (known := getattr(model, "categories", None)) and known[0]["keypoints"] != list(data.skeleton.keypoints):
+        raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known[0]['keypoints'])}); --data names another dataset")
+    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet)[2]
+    return data, results
+
+# %% ../nbs/33_cli.ipynb #f856464c
+def unlabelled_images(
+    root:Path, # dataset in COCO's layout
+    split:str, # "test-dev2017"
+)->dict[int, Path]: # image id -> file
+    "The images of a split without annotations. Raises: DataError where the list or an image is missing."
+    file, folder = root / "annotations" / f"image_info_{split}.json", root / f"test{split[-4:]}"
+    remedy = f"unpack {COCO_URL}/annotations/image_info_{folder.name}.zip and {COCO_URL}/zips/{folder.name}.zip in {root}; --data names another dataset"
+    try: images = {int(image["id"]): folder / Path(image["file_name"]).name for image in json.loads(file.read_bytes())["images"]}
+    except OSError as error: raise DataError(f"{file}: can't be read ({error.strerror}); {remedy}") from None
+    except (ValueError, KeyError, TypeError) as error: raise DataError(f"{file}: field images is not COCO's ({error!r:.100}); {remedy}") from None
+    missing = [path for path in images.values() if not path.is_file()]
+    if missing or not images: raise DataError(f"{missing[0] if missing else file}: {len(missing):,} of {len(images):,} images are not there; {remedy}")
+    return images
+
+# %% ../nbs/33_cli.ipynb #88418395
+def write_submission(
+    args:argparse.Namespace, # of `poet eval`
+    split:str, # "test-dev2017"
+)->tuple[Path, int, int]: # the zip, images, poses
+    "Predict a split without annotations, and pack the results as COCO's server wants them. Raises: PoetError."
+    model, config = eval_model(args)
+    if (config.model.num_keypoints, config.model.num_classes) != (COCO_PERSON.num_keypoints, 1): raise ConfigError(f"--split {args.split}: COCO's server scores people with 17 joints; this model predicts something else")
+    folder, name = args.out or Path(), args.name or config.name.replace("_", "-")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise ConfigError(f"--name {name}: letters, digits, '-', '_' and '.' only: it becomes part of a file's name")
+    if folder.suffix in (".zip", ".json"): raise ConfigError(f"--out {folder}: the server wants a certain name; give a folder here, and --name for your part of the name")
+    images, results, stem, device = unlabelled_images(Path(config.data.root), split), [], f"person_keypoints_{split}_{name}_results", next(model.parameters()).device
+    options = PredictOptions(0., min(config.train.batch_size, 32), None, autocast_dtype(config.train.amp, device), config.data, args.layer)
+    folder.mkdir(parents=True, exist_ok=True)
+    with explain_memory(memory_remedy(config, training=False)), tqdm(total=len(images), unit="img", desc=split, disable=args.quiet) as bar:
+        for number, (*_, found) in zip(images, stream_predictions(model, images.values(), options)):
+            results += to_coco_results([number], [compact(found, max_poses=20)])
+            bar.update()
+    part = folder / f"{stem}.zip.part"
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file: file.writestr(f"{stem}.json", json.dumps(results, allow_nan=False, separators=(",", ":")))
+    os.replace(part, folder / f"{stem}.zip")
+    return folder / f"{stem}.zip", len(images), len(results)
 
 # %% ../nbs/33_cli.ipynb #9b5c8e21
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",
          "poet eval --run data/runs/tiny --data data/synth",
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _DATA,
-         option("--split", metavar="NAME", help="split to score (default: data.val of the run)"),
+         option("--split", metavar="NAME", help="split to score (default: data.val of the run); test-dev: make the zip for COCO's server"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
          option("--images", choices=["all", "annotated"], default="all", help="annotated: only images with people (default: all)"),
          option("--engine", choices=["numpy", "pycocotools"], default="numpy", help="the same numbers (default: numpy)"),
          option("--results", type=Path, metavar="FILE", help="score this file of COCO results instead of a run"),
          option("--annotations", type=Path, metavar="FILE", help="COCO keypoint file that belongs to --results"),
-         option("--out", type=Path, metavar="FILE", help="write the predictions in COCO's results format"),
+         option("--out", type=Path, metavar="FILE", help="write the predictions in COCO's results format; for test-dev the folder of the zip"),
+         option("--name", metavar="NAME", help="what COCO's server shall call the method (default: the configuration's name)"),
          option("--json", action="store_true", help="print the numbers as JSON"), _SET, _DEVICE)
 def run_eval(
     args:argparse.Namespace, # parsed options
@@ -414,6 +503,11 @@ def run_eval(
     "`poet eval`: print how many images were scored, and the ten numbers."
     if bool(args.results) != bool(args.annotations): raise ConfigError("--results and --annotations: give both, or a run with --run")
     if args.results and args.run: raise ConfigError("--run and --results: give one of the two")
+    if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
+        if args.results: raise ConfigError(f"--split {args.split} and --results: give one of the two")
+        path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
+        print(f"{poses:,} poses in {images:,} images: {path}\nno scores: COCO's server computes them (cocodataset.org, Upload)")
+        return 0
     if args.out: args.out.parent.mkdir(parents=True, exist_ok=True)
     truth, results = (args.annotations, args.results) if args.results else score_run(args)
     numbers = evaluate_keypoints(truth, results, images=args.images, engine=args.engine, verbose=not args.json)
@@ -422,69 +516,221 @@ def run_eval(
     return 0
 
 # %% ../nbs/33_cli.ipynb #58c2ba61
-def expand_images(
-    words:list[str], # files, folders, patterns
-)->list[Path]: # image files, each once
-    "The images that are meant. Raises: DataError."
-    files = []
+def expand_sources(
+    words:list[str], # files, folders, patterns, addresses
+)->list[Path|str]: # files and addresses, each once
+    "The images and videos that are meant. Raises: DataError."
+    files, known = [], IMAGE_SUFFIXES + VIDEO_SUFFIXES
     for word in words:
         path = Path(word)
-        if path.is_dir(): files += list_images(path)
-        elif path.is_file(): files.append(path)
-        else:
-            found = sorted(Path(p) for p in glob.glob(word, recursive=True) if Path(p).suffix.lower() in IMAGE_SUFFIXES)
-            if not found: raise DataError(f"{word}: there is no such image, folder or pattern; is the path right?")
-            files += found
+        if is_url(word): found = [word]
+        elif path.is_file(): found = [path]
+        else: found = sorted(p for p in (path.iterdir() if path.is_dir() else map(Path, glob.glob(word, recursive=True))) if p.suffix.lower() in known and p.is_file())
+        if not found: raise DataError(f"{word}: " + ("no image and no video in this folder" if path.is_dir() else "there is no such image, video, folder or pattern; is the path right?"))
+        files += found
     return list(dict.fromkeys(files))
 
 # %% ../nbs/33_cli.ipynb #7f278d40
-def overlay_names(
-    files:list[Path], # images, perhaps from several folders
-)->list[str]: # file names, none twice
-    "A name for the picture of each image."
-    names = {}
-    for file in files:
-        name, n = f"{file.stem}_poses.jpg", 1
-        while name.lower() in names: n += 1; name = f"{file.stem}_poses_{n}.jpg"
-        names[name.lower()] = name
-    return list(names.values())
+def overlay_path(
+    folder:Path,    # where the overlays go
+    file:Path,      # image or video
+    ending:str,     # ".jpg" or ".mp4"
+    taken:set[str], # names given so far, in lower case; grows
+)->Path:
+    "A name for the overlay of a file that no other overlay has."
+    name, n = f"{file.stem}_poses{ending}", 1
+    while name.lower() in taken: n += 1; name = f"{file.stem}_poses_{n}{ending}"
+    taken.add(name.lower())
+    return folder / name
 
 # %% ../nbs/33_cli.ipynb #f644ee52
+def run_categories(
+    run:Path|Config, # run folder, or a configuration alone
+)->list[dict]: # COCO categories, one a label
+    "What a run predicts, by its skeleton.json; without one COCO's person for 17 joints, else joints without limbs. Raises: DataError, ConfigError."
+    config = run if isinstance(run, Config) else load_config(run)
+    if run is not config and (kept := categories_beside(run / "model.safetensors", config)): return kept
+    K, C = config.model.num_keypoints, config.model.num_classes
+    one = COCO_PERSON if K == COCO_PERSON.num_keypoints else Skeleton("creature", tuple(f"joint_{k}" for k in range(K)), (), (), (DEFAULT_SIGMA,) * K)
+    return [replace(one, name=one.name if C == 1 else f"{one.name} {i}").to_category(i) for i in range(1, C + 1)]
+
 def run_skeleton(
-    config:Config, # of a run
+    run:Path|Config, # as for `run_categories`
 )->Skeleton:
-    "The skeleton to draw: COCO's person for 17 joints; for others, which a run does not name, joints without limbs."
-    K = config.model.num_keypoints
-    if K == COCO_PERSON.num_keypoints: return COCO_PERSON
-    return Skeleton("creature", tuple(f"joint_{k}" for k in range(K)), (), (), (DEFAULT_SIGMA,) * K)
+    "The skeleton to draw for a run: joints and limbs are the same for all of its categories."
+    return Skeleton.from_category(run_categories(run)[0])
+
+# %% ../nbs/33_cli.ipynb #69f5e874
+@dataclass
+class PredictJob:
+    "What the parts of `poet predict` share."
+    args:argparse.Namespace
+    model:Poet
+    options:PredictOptions
+    skeleton:Skeleton     # gives the limbs
+    results:ResultsWriter
+    num_sources:int
+    frames:int = 0        # of videos, done so far
+    taken:set = field(default_factory=set)  # names of overlays
+    bad:list = field(default_factory=list)  # errors of sources that can't be read
+
+    def overlay(self, file:Path, ending:str)->Path|None: return None if self.args.no_overlays else overlay_path(self.args.out, file, ending, self.taken)
+
+    def skip(self, error:DataError):
+        "A source that can't be read: an error if there is no other, else a warning."
+        if self.num_sources == 1 and not self.results.num_images: raise error
+        self.bad.append(error)
+        warnings.warn(str(error))
+
+    def summary(self)->str:
+        "What was done, in one line."
+        images, out = self.results.num_images - self.frames, self.args.out
+        where = " and ".join([f"{images:,} images"] * (images > 0) + [f"{self.frames:,} frames"] * (self.frames > 0))
+        files = ["pictures"] * (not self.args.no_overlays) + ["predictions.json"] + ["predictions.csv"] * self.args.csv
+        return f"{self.results.num_people:,} people in {where}; {', '.join(files)}: {out}" + (f"; {len(self.bad)} of {self.num_sources} sources can't be read, see above" if self.bad else "")
+
+# %% ../nbs/33_cli.ipynb #a1b78241
+def predict_images(
+    job:PredictJob,
+    files, # (name, file) of images, one after another
+    bar,   # progress
+)->None:
+    "Predict, draw and write down images."
+    names = {}
+    def paths():
+        for name, file in files:
+            names[str(file)] = name
+            yield file
+    def on_bad(path, error):
+        bar.update()
+        job.skip(DataError(str(error).replace(path, names[path])))
+    for path, file, size, found in stream_predictions(job.model, paths(), job.options, on_bad=on_bad):
+        if out := job.overlay(file, ".jpg"):
+            Image.fromarray(overlay_poses(load_image(file), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
+        job.results.add(names[path], size, found)
+        bar.update()
+
+def predict_frames_of(
+    job:PredictJob,
+    name:str,         # what the source is called
+    file:Path,        # after which the overlay is called
+    frames,           # of `read_video` or `read_webcam`
+    facts:VideoFacts, # what is known beforehand
+)->None:
+    "Predict, draw and write down a video."
+    most = job.args.max_frames
+    def each(frame:Frame, found:dict):
+        job.results.add(name, frame.image.shape[:2], found, frame=frame.index, time=round(frame.time, 6))
+        job.frames += 1
+        bar.update()
+    with tqdm(total=min(facts.frames, most or facts.frames) or None, unit="frame", desc=file.name, disable=job.args.quiet, leave=False) as bar:
+        annotate_video(job.model, frames, facts, job.overlay(file, ".mp4"), job.options, job.skeleton, each, most)
+
+# %% ../nbs/33_cli.ipynb #86a9b8c7
+def local_files(
+    job:PredictJob,
+    sources:list[Path|str], # files and addresses
+    folder:Path,            # downloads go there
+)->Iterator[tuple[str, Path]]: # what it is called, and where it is
+    "The files to read; what lies on the web is downloaded when it is its turn."
+    for number, source in enumerate(sources):
+        if not is_url(source): yield str(source), source
+        else:
+            place = folder / str(number)
+            place.mkdir()
+            try: yield source, download(source, place)
+            except DataError as error: job.skip(error)
+
+def run_job(
+    self,
+    sources:list[Path|str], # files and addresses
+)->None:
+    "Go through all sources, then the webcam."
+    args = self.args
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(sources), unit="file", desc="predict", disable=args.quiet or not sources) as bar:
+        for video, files in groupby(local_files(self, sources, Path(folder)), key=lambda pair: is_video(pair[1])):
+            if not video: predict_images(self, files, bar)
+            else:
+                for name, file in files:
+                    try: predict_frames_of(self, name, file, read_video(file), video_facts(file))
+                    except DataError as error: self.skip(DataError(str(error).replace(str(file), name)))
+                    bar.update()
+    if args.webcam is None: return
+    try: predict_frames_of(self, f"webcam {args.webcam}", Path(f"webcam{args.webcam}"), read_webcam(args.webcam), WEBCAM)
+    except KeyboardInterrupt: print("poet: webcam ended", file=sys.stderr)
+
+PredictJob.run = run_job
 
 # %% ../nbs/33_cli.ipynb #11f4471f
-@command("predict", "Find people in images; writes pictures with their poses, and predictions.json.",
-         "poet predict holiday/*.jpg --run data/runs/tiny --out predictions",
-         option("images", nargs="+", metavar="IMAGE", help="files, folders or patterns"),
+class _Webcam(argparse.Action):
+    "--webcam N: no other source is needed then."
+    def __call__(self, parser, args, value, option=None):
+        setattr(args, self.dest, value)
+        for action in parser._actions: action.required = action.required and action.dest != "sources"
+
+@command("predict", "Find people in images, videos or what a webcam sees; draws their poses, and writes them as COCO file or table.",
+         "poet predict holiday/*.jpg party.mp4 https://example.org/team.jpg --run data/runs/tiny --out predictions",
+         option("sources", nargs="+", metavar="SOURCE", help="image or video files, folders, patterns, http addresses"),
+         option("--webcam", type=at_least(0), action=_Webcam, metavar="N", help="what camera N sees, the first is 0; Ctrl-C ends it"),
          option("--run", type=Path, default=_RUN, metavar="FOLDER", help="run folder (default: %(default)s)"),
          option("--threshold", type=share, default=.5, metavar="SCORE", help="lowest score kept, 0 to 1 (default: %(default)s)"),
-         option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where the pictures go (default: %(default)s)"),
+         option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
+         option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where overlays and predictions go (default: %(default)s)"),
+         option("--csv", action="store_true", help="also write predictions.csv, a row a person"),
+         option("--no-overlays", action="store_true", help="no pictures, only the numbers"),
+         option("--max-frames", type=at_least(1), metavar="N", help="of each video only the first N frames"),
          option("--batch", type=at_least(1), default=8, metavar="N", help="images at once (default: %(default)s)"),
          option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)"))
 def run_predict(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
-    "`poet predict`: an overlay for each image, and one file with all poses."
-    files, device, model = expand_images(args.images), usable_device(args.device), load_run(args.run)
-    skeleton, images, people = run_skeleton(model.config), [], []
-    args.out.mkdir(parents=True, exist_ok=True)
-    with explain_memory("give a smaller --batch"), tqdm(total=len(files), unit="img", desc="predict", disable=args.quiet) as bar:
-        stream = iter_predictions(model, files, args.threshold, args.batch, device)
-        for number, ((name, found), overlay) in enumerate(zip(stream, overlay_names(files)), 1):
-            picture = overlay_poses(load_image(name), found["keypoints"], skeleton, found["scores"], threshold=.5)
-            Image.fromarray(picture).save(args.out / overlay, quality=90)
-            images.append(dict(id=number, file_name=name, width=picture.shape[1], height=picture.shape[0]))
-            people += to_coco_results([number], [found])
-            bar.update()
-    content = dict(images=images, annotations=[dict(id=i, **p) for i, p in enumerate(people, 1)], categories=[skeleton.to_category()])
-    write_atomic(args.out / "predictions.json", json.dumps(content))
-    print(f"{len(people):,} people in {len(files):,} images; pictures and predictions.json are in {args.out}")
+    "`poet predict`: an overlay for each source, and one file with all poses."
+    sources, device, model = expand_sources(args.sources or []), usable_device(args.device), load_run(args.run)
+    layer_index(args.layer, model.config)
+    options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, run_categories(args.run), args.csv)
+    job = PredictJob(args, model, options, run_skeleton(args.run), results, len(sources) + (args.webcam is not None))
+    try:
+        with results, explain_memory("give a smaller --batch"): job.run(sources)
+    finally:
+        if results.num_images: print(job.summary())
+    if not results.num_images and job.bad: raise DataError(f"not one of {len(job.bad)} sources can be read; the first: {job.bad[0]}")
+    return 0
+
+# %% ../nbs/33_cli.ipynb #3d990911
+def model_named(
+    source:str,             # run folder, or name of a preset
+    weights:str|None=None,  # anything `find_weights` reads; None: those of the run, of a preset random ones
+)->Poet:
+    "A model in evaluation mode. Raises: CheckpointError, ConfigError."
+    if Path(source).exists(): return load_run(Path(source)) if weights is None else build_poet(load_config(Path(source)), weights)
+    try: config = preset(source)
+    except ConfigError as error: raise ConfigError(f"{source}: there is no such run folder, and {error}") from None
+    if weights is None: warnings.warn(f"{source}: a preset has random weights, good for timing alone; name trained ones with --weights, or a run folder")
+    return build_poet(source if weights else config, weights)
+
+# %% ../nbs/33_cli.ipynb #36ad8d9e
+@command("export", "Write a model as one file for other programs: ONNX, or torch.export.",
+         "poet export data/runs/tiny --out poet.onnx --check",
+         option("source", metavar="RUN_OR_PRESET", help="run folder, or the name of a preset"),
+         option("--format", choices=["onnx", "pt2"], help="onnx for ONNX Runtime and others, pt2 for PyTorch (default: by the name of --out, else onnx)"),
+         option("--out", type=Path, metavar="FILE", help="file to write (default: the model's name with .onnx or .pt2, in this folder)"),
+         option("--weights", metavar="SOURCE", help="other weights: a file, official, an http address, or owner/name on the hub"),
+         option("--opset", type=int, default=OPSETS[0], metavar="N", help=f"version of ONNX's operations, {OPSETS[0]} to {OPSETS[-1]} (default: %(default)s)"),
+         option("--check", action="store_true", help="run the file beside the model and compare"))
+def run_export(
+    args:argparse.Namespace, # parsed options
+)->int: # exit code
+    "`poet export`: translate, write, compare."
+    kind = args.format or ("pt2" if args.out and args.out.suffix == ".pt2" else "onnx")
+    model = model_named(args.source, args.weights)
+    out = args.out or Path(f"{Path(model.config.name).name}.{kind}")
+    with explain_memory("close other programs"):
+        if kind == "onnx": export_onnx(model, out, opset=args.opset)
+        else: export_program(model, out)
+        rows = check_export(model, load_onnx(out) if kind == "onnx" else load_program(out)) if args.check else []
+    print(f"{out}: {model.config.name}, {out.stat().st_size / 1e6:.1f} MB; images (B, 3, H, W) uint8, sizes (B, 2) int64 -> scores, labels, keypoints")
+    for shape, *differences in rows: print(f"images {shape}: " + ", ".join(f"{name} {d:.0e}" for name, d in zip(("scores", "labels", "keypoints"), differences)))
+    if rows: print(f"equal to the model's within {TOLERANCE:.0e}")
     return 0
 
 # %% ../nbs/33_cli.ipynb #a36ebac9
@@ -538,6 +784,30 @@ def run_figures(
     for file in drawn: print(out / file.name)
     if code not in (0, 130): raise PoetError("a notebook failed, see above; what the others drew is kept")
     return code
+
+# %% ../nbs/33_cli.ipynb #3f7e0bc0
+@command("bench", "Measure speed: a training step by its parts, evaluation, loader, prediction; writes JSON and a picture.",
+         "poet bench --preset poet_r50 --size 512 --batch 2 --fast --out bench",
+         option("--preset", default="poet_r50", metavar="NAME", help="configuration to measure (default: %(default)s)"), _DATA, _DEVICE, _SET,
+         option("--size", type=at_least(32), default=512, metavar="PIXELS", help="side of the images of the training step (default: %(default)s)"),
+         option("--batch", type=at_least(1), default=2, metavar="N", help="images of a training step (default: %(default)s)"),
+         option("--parts", default=",".join(PARTS), metavar="PARTS", help="what to measure, with commas (default: %(default)s)"),
+         option("--rounds", type=at_least(1), default=5, metavar="N", help="measurements of each time (default: %(default)s)"),
+         option("--fast", action="store_true", help="all switches that change nothing but speed, compiling excepted"),
+         option("--out", type=Path, metavar="FOLDER", help="write bench.json and bench.png there (default: print only)"))
+def run_bench_command(
+    args:argparse.Namespace, # parsed options
+)->int: # exit code
+    "`poet bench`: some lines, and a record."
+    config = override(preset(args.preset), **{"train.batch_size": args.batch, "train.accumulate": 1} | (FAST if args.fast else {}))
+    config = with_settings(config, args)
+    device = usable_device(config.train.device)
+    if args.data is not None: check_data(config, [config.data.train, config.data.val])
+    with explain_memory("give a smaller --batch or --size"):
+        record = run_bench(config, device, tuple(args.parts.split(",")), args.size, args.batch, args.rounds)
+    for line in bench_lines(record): print(line)
+    for file in save_bench(record, args.out) if args.out else (): print(file)
+    return 0
 
 # %% ../nbs/33_cli.ipynb #6cb6da83
 def _older(have, need):
@@ -615,6 +885,28 @@ def check_datasets(
         if not root.is_dir(): yield "warning", str(root), f"not there; {remedy}"
         else: yield from ((level, str(root / split), text) for split in ("train2017", "val2017") for level, text in [check_split(root, split, remedy)])
 
+# %% ../nbs/33_cli.ipynb #7f5b9a5f
+def check_dataset(
+    root:Path,     # dataset in COCO's layout
+    images:int=20, # that are read of each split, spread over it
+)->Iterator[tuple[str, str, str]]: # level, subject, finding
+    "Images, joints, mirror pairs and sigmas of each split."
+    files = sorted(root.glob("annotations/person_keypoints_*.json"))
+    if not files: yield "error", str(root), "no annotations/person_keypoints_SPLIT.json in it; data/README.md shows the layout"
+    for split in (file.stem.removeprefix("person_keypoints_") for file in files):
+        try:
+            data = open_coco(root, split)
+            for i in range(0, len(data), max(len(data) // images, 1)): data.load(i)
+        except PoetError as error:
+            yield "error", str(root / split), explain(error)
+            continue
+        s, n = data.skeleton, describe(data)
+        yield "ok", str(root / split), f"{n['images']:,} images, {n['people']:,} of {', '.join(data.index.names)}, {n['people_without_keypoints']:,} without joints"
+        yield "ok" if s.flip_pairs else "warning", "joints", f"{s.num_keypoints} joints, {len(s.limbs)} limbs, {len(s.flip_pairs)} mirror pairs" + (
+            "" if s.flip_pairs else ": no name says left or right, so a mirror keeps the labels; if the creatures have sides, add flip_pairs to the category")
+        if s.guessed: yield "warning", "sigmas", f"none given, estimated for {', '.join(s.guessed[:5])}{', ...' * (len(s.guessed) > 5)}; evaluation works, but its numbers can be compared with each other only"
+        if n["keypoints_outside"]: yield "warning", "joints", f"{n['keypoints_outside']:,} lie outside their image and count as unlabelled"
+
 # %% ../nbs/33_cli.ipynb #975b32d0
 def check_run(
     run:Path, # run folder
@@ -644,13 +936,15 @@ def check_runs(
 # %% ../nbs/33_cli.ipynb #04da830a
 @command("doctor", "Look for what is missing or broken: versions, device, memory, disk, data, runs.",
          "poet doctor --folder data",
-         option("--folder", type=Path, default=Path("data"), help="folder with synth/, coco/ and runs/ (default: %(default)s)"))
+         option("--folder", type=Path, default=Path("data"), help="folder with synth/, coco/ and runs/ (default: %(default)s)"),
+         option("--data", type=Path, metavar="FOLDER", help="look at this dataset alone: images, joints, mirror pairs, sigmas"))
 def run_doctor(
     args:argparse.Namespace, # parsed options
 )->int: # exit code: 0, or 2 if something is broken
     "`poet doctor`: a line for each finding."
     counts, folder = dict(ok=0, warning=0, error=0), args.folder
-    for check in (check_software(), check_machine(folder), check_datasets(folder), check_runs(folder / "runs")):
+    checks = [check_dataset(args.data)] if args.data else [check_software(), check_machine(folder), check_datasets(folder), check_runs(folder / "runs")]
+    for check in checks:
         for level, subject, finding in check:
             counts[level] += 1
             if level != "ok" or not args.quiet: print(f"{level:8} {subject:20} {finding}", flush=True)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image', 'read_annotations', 'column', 'ImageTable', 'image_table',
            'keypoint_categories', 'PersonTable', 'check_ids', 'check_poses', 'forget_outside', 'person_table',
-           'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints', 'open_coco', 'describe', 'Source', 'fetch',
-           'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images', 'download_coco']
+           'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints', 'open_coco', 'open_split', 'check_alike',
+           'describe', 'Source', 'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset',
+           'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
-import gc, hashlib, io, json, os, re, shutil, time, urllib.request, warnings, zipfile, zlib
+import gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -20,13 +21,13 @@ from urllib.error import HTTPError
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from .config import ConfigError, DataError, write_atomic
-from .keypoints import Skeleton
+from .config import ConfigError, DataConfig, DataError, write_atomic
+from .keypoints import Skeleton, read_sigmas
 
 # %% ../nbs/04_coco.ipynb #b9ecf95d
 def rgb_array(
@@ -38,18 +39,35 @@ def rgb_array(
     gray = np.clip(np.array(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
     return np.repeat(gray[..., None], 3, axis=2)
 
+# %% ../nbs/04_coco.ipynb #1abffac4
+def _content(path):
+    "The bytes of a file. Raises: ValueError for what is no file, or too large to be a photograph."
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode): raise ValueError("it is a folder, a pipe or a device")
+    if about.st_size > 2**30: raise ValueError(f"the file has {about.st_size / 2**30:.1f} GB, more than one is no photograph")
+    return np.fromfile(path, np.uint8)
+
+def _header(data):
+    "A PIL image of which only the header is read. Raises: ValueError where the pixels would fill the memory."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try: return Image.open(io.BytesIO(data.tobytes()))
+        except UnidentifiedImageError: raise ValueError("its content is that of no image format") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, unless it is a decompression bomb") from None
+
 # %% ../nbs/04_coco.ipynb #1473a4f0
 def _decode(
     data:np.ndarray, # (bytes,) uint8, an encoded image
     size:tuple[int, int]|None, # (height, width) of the annotations' frame; None: upright by EXIF
 )->Tensor: # (3, H, W) uint8 RGB, not of that size if the image has it in no orientation
     "Decode a JPEG that ends as it should with OpenCV, all else with PIL."
+    picture = _header(data)
     if (data[:2].tobytes(), data[-2:].tobytes()) == (b"\xff\xd8", b"\xff\xd9"):
         flags = cv2.IMREAD_COLOR | (0 if size is None else cv2.IMREAD_IGNORE_ORIENTATION)
         try: image = cv2.imdecode(data, flags)
         except cv2.error: image = None
         if image is not None and (size is None or image.shape[:2] == size): return torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
-    picture = Image.open(io.BytesIO(data.tobytes()))
     if size is None or picture.size[::-1] != size: picture = ImageOps.exif_transpose(picture)
     return torch.from_numpy(rgb_array(picture)).permute(2, 0, 1)
 
@@ -59,7 +77,7 @@ def read_image(
     size:tuple[int, int]|None=None, # (height, width) according to the annotations; None: unknown
 )->Tensor: # (3, H, W) uint8 RGB, in memory as (H, W, 3)
     "Read an image of any kind. Raises: DataError naming the file, the reason and the remedy."
-    try: image = _decode(np.fromfile(path, np.uint8), size if size is None else tuple(size))
+    try: image = _decode(_content(path), size if size is None else tuple(size))
     except FileNotFoundError: raise DataError(f"{path}: there is no such image; download it, or mend field file_name of the annotations") from None
     except Exception as error: # PIL alone has a dozen kinds for files that are not what they seem
         raise DataError(f"{path}: not a readable image ({error!s:.200}); replace the file or take it out of the annotations") from error
@@ -213,7 +231,7 @@ def keypoint_categories(
     chosen = [c for c in categories if (c.get("keypoints") if wanted is None else c["id"] in wanted or c.get("name") in wanted)]
     if not chosen: raise DataError(f"{file}: no category has a field 'keypoints' (there are: {known or 'none'}): a detection file? For poses take person_keypoints_*.json")
     if any(c.get("keypoints") != chosen[0].get("keypoints") for c in chosen):
-        raise DataError(f"{file}: field 'keypoints' differs between categories ({known}); choose one kind of skeleton with category=")
+        raise DataError(f"{file}: field 'keypoints' differs between categories ({known}); choose those of one kind by name: --set data.categories=NAME, or category= in Python")
     return chosen
 
 # %% ../nbs/04_coco.ipynb #be8ff34a
@@ -312,6 +330,7 @@ class CocoIndex:
     file: Path               # where it came from
     skeleton: Skeleton       # read from the category
     category_ids: list[int]  # label i stands for category_ids[i]
+    names: list[str]         # and is called names[i]
     images: ImageTable       # one row an image
     people: PersonTable      # one row a person
 
@@ -319,7 +338,7 @@ class CocoIndex:
 def index_coco(
     file:str|Path, # COCO json
     category:int|str|list|None=None, # id or name; None: all categories with keypoints
-    sigmas:tuple[float, ...]|None=None, # K OKS sigmas; None: see `Skeleton.from_category`
+    sigmas=None, # K OKS sigmas or {joint: sigma}; None: see `Skeleton.from_category`
 )->CocoIndex:
     "Read a COCO keypoint file once. Raises: DataError naming file, record, field and remedy."
     coco = read_annotations(file)
@@ -327,7 +346,8 @@ def index_coco(
     try: skeleton = Skeleton.from_category(chosen[0], sigmas)
     except DataError as error: raise DataError(f"{file}: {error}") from None
     images = image_table(coco["images"], file)
-    return CocoIndex(Path(file), skeleton, [int(c["id"]) for c in chosen], images, person_table(coco, images, chosen, file))
+    names = [str(c.get("name", c["id"])) for c in chosen]
+    return CocoIndex(Path(file), skeleton, [int(c["id"]) for c in chosen], names, images, person_table(coco, images, chosen, file))
 
 # %% ../nbs/04_coco.ipynb #696bbded
 def image_target(
@@ -354,7 +374,7 @@ class CocoKeypoints(torch.utils.data.Dataset):
         category:int|str|list|None=None, # id or name; None: all categories with keypoints
         with_people_only:bool=False, # leave out images without a person (a crowd is none)
         on_bad_image:str="error", # "error", or "skip": count it, the next good image stands in
-        sigmas:tuple[float, ...]|None=None, # K OKS sigmas; None: see `Skeleton.from_category`
+        sigmas=None, # K OKS sigmas or {joint: sigma}; None: see `Skeleton.from_category`
     ):
         if on_bad_image not in ("error", "skip"): raise ConfigError(f"on_bad_image must be 'error' or 'skip', not {on_bad_image!r}")
         if not Path(images).is_dir(): raise DataError(f"{images}: there is no such folder of images; `poet data coco` downloads COCO")
@@ -371,6 +391,9 @@ class CocoKeypoints(torch.utils.data.Dataset):
 
     @property
     def image_ids(self)->list[int]: return self.index.images.ids[self.rows].tolist()
+
+    @property
+    def categories(self)->list[dict]: return [replace(self.skeleton, name=n).to_category(i, full=True) for i, n in zip(self.category_ids, self.index.names)]
 
     def __len__(self): return len(self.rows)
 
@@ -429,6 +452,25 @@ def open_coco(
         raise DataError(f"{file}: there is no such file (there are: {there or 'no annotations'}); `poet data coco` downloads COCO, "
                         "other layouts open with CocoKeypoints(images, annotations)")
     return CocoKeypoints(root / split, file, **kwargs)
+
+# %% ../nbs/04_coco.ipynb #11a5037b
+def open_split(
+    config:DataConfig, # root, categories, sigmas
+    split:str,         # its name
+    **kwargs,          # of `CocoKeypoints`
+)->CocoKeypoints:
+    "Open a split as a configuration asks. Raises: DataError."
+    beside = Path(config.root) / "annotations" / config.sigmas
+    sigmas = read_sigmas(beside if not Path(config.sigmas).is_file() and beside.is_file() else config.sigmas) if config.sigmas else None
+    return open_coco(config.root, split, category=list(config.categories) or None, sigmas=sigmas, **kwargs)
+
+def check_alike(
+    train:CocoKeypoints,
+    val:CocoKeypoints,
+)->None:
+    "Raises: DataError where two splits have other joints or categories, or the same ones in another order."
+    for what, a, b in (("joints", train.skeleton.keypoints, val.skeleton.keypoints), ("categories", train.index.names, val.index.names)):
+        if list(a) != list(b): raise DataError(f"{val.annotations_file}: its {what} ({', '.join(b)}) are not those of {train.annotations_file} ({', '.join(a)}); the same ones in the same order are needed")
 
 # %% ../nbs/04_coco.ipynb #8eaad2af
 def describe(

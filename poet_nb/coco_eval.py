@@ -60,14 +60,20 @@ def _choose_categories(categories, category_id, name):
     return {i: known[i] for i in sorted(set(wanted))}
 
 # %% ../nbs/30_coco_eval.ipynb #f5f86934
+def _own_sigmas(skeleton, name):
+    "(K,) OKS sigmas of a skeleton; warns of those that are estimates."
+    if skeleton.guessed:
+        pairs = [f"{n} {s:g}" for n, s in zip(skeleton.keypoints, skeleton.sigmas) if n in skeleton.guessed]
+        warnings.warn(f"{name}: no OKS sigmas are given; estimated for {len(pairs)} joints ({', '.join(pairs[:4])}{', ...' * (len(pairs) > 4)}), so scores can be compared with each other only; "
+                      "give yours in the category's field sigmas, or in a file with data.sigmas")
+    return np.round(np.array(skeleton.sigmas) * 10, 6) / 10
+
 def _default_sigmas(categories, people, name):
     "(K,) OKS sigmas of the categories' skeleton."
     nameless = not any(c.get("keypoints") for c in categories.values()) and all(len(p.get("keypoints") or ()) in (0, 51) for p in people)
-    options = {OKS_SIGMAS} if nameless else {Skeleton.from_category(c).sigmas for c in categories.values()}
-    if len(options) > 1: raise DataError(f"{name}: categories {list(categories)} have different joints; score one at a time with category_id=...")
-    sigmas = options.pop()
-    if sigmas != OKS_SIGMAS: warnings.warn(f"{name}: no published OKS sigmas for these joints, using {sorted(set(sigmas))}; give others with sigmas=...")
-    return np.round(np.array(sigmas) * 10, 6) / 10
+    skeletons = [COCO_PERSON] if nameless else [Skeleton.from_category(c) for c in categories.values()]
+    if len({s.sigmas for s in skeletons}) > 1: raise DataError(f"{name}: categories {list(categories)} have different joints; score one at a time with category_id=...")
+    return _own_sigmas(skeletons[0], name)
 
 # %% ../nbs/30_coco_eval.ipynb #18fb4916
 def _check_sigmas(sigmas, name):
@@ -161,7 +167,8 @@ def load_ground_truth(
         if sigmas is None and category_id is None: return source
         return _prepare(source.dataset, source.name, source.image_ids, first(sigmas, source.sigmas), first(category_id, source.category_ids))
     if file := getattr(source, "annotations_file", None):
-        own = getattr(getattr(source, "skeleton", None), "sigmas", None)
+        skeleton = getattr(source, "skeleton", None)
+        own = _own_sigmas(skeleton, str(file)) if sigmas is None and skeleton else None
         return _prepare(_read_json(file), str(file), source.image_ids, first(sigmas, own), first(category_id, source.category_ids))
     if isinstance(source, (str, Path)): return _prepare(_read_json(source), str(source), None, sigmas, category_id)
     return _prepare(source, "ground truth", None, sigmas, category_id)

@@ -28,13 +28,14 @@ def class_loss(
     labels:Tensor,  # (M,) int64 class of the matched person, in [0, C)
     slots:Tensor,   # (M,) int64 slot of the matched query
     eos_coef:float, # weight of a slot without a person
+    total:float|None=None, # sum of all weights, where the slots are a part of a batch; None: that of these slots
 )->Tensor: # (L,)
     "Weighted mean cross-entropy over all slots of each decoder layer (equation 4, first term)."
     nobody = logits.shape[-1] - 1
     target = torch.full(logits.shape[:3], nobody, device=logits.device).flatten().scatter(0, slots, labels)
     weight = ((target == nobody).to(logits.dtype) * (eos_coef - 1) + 1).view(len(logits), -1)
     entropy = F.cross_entropy(logits.flatten(0, 2), target, reduction="none").view(len(logits), -1)
-    return (weight * entropy).sum(1) / weight.sum(1).clamp(min=torch.finfo(logits.dtype).tiny)
+    return (weight * entropy).sum(1) / (weight.sum(1).clamp(min=torch.finfo(logits.dtype).tiny) if total is None else total)
 
 # %% ../nbs/21_criterion.ipynb #f2a4e4b3
 def pose_losses(
@@ -106,7 +107,8 @@ class SetCriterion(nn.Module):
     def forward(self,
         outputs:dict,    # the model's outputs, (B, Q, ...) each, and "aux_outputs"
         targets:list,    # B target dicts, keypoints in fractions of the unpadded image
-        num_people=None, # mean number of people over processes, number or tensor; None: people of this batch
+        num_people=None, # people to divide by, number or tensor: the mean over the parts of a batch; None: those of this one
+        num_images=None, # images likewise, with num_people; None: the class loss is divided by the weights of this batch
     )->dict: # "loss", differentiable; all terms of all layers, unweighted and detached; class_error, cardinality_error
         "Match, then compare. Raises: NonFiniteError, DataError (see `HungarianMatcher`), ConfigError."
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
@@ -119,7 +121,9 @@ class SetCriterion(nn.Module):
             slots, labels = query_slots(pairs, logits.shape), packed.labels.index_select(0, pairs.target)
             people = len(packed.labels) if num_people is None else num_people
             people = people.clamp(min=1) if isinstance(people, Tensor) else max(people, 1)
-            terms = torch.cat([class_loss(logits, labels, slots, self.loss.eos_coef)[None], pose_losses(stacked, packed, pairs, slots) / people])
+            eos = self.loss.eos_coef # as long as no image has more people than queries, so much is the weight of all slots:
+            slot_weight = None if num_images is None else max(eos * logits.shape[2] * num_images + (1 - eos) * num_people, 1e-9)
+            terms = torch.cat([class_loss(logits, labels, slots, eos, slot_weight)[None], pose_losses(stacked, packed, pairs, slots) / people])
             total = sum(weight * term for weight, term in zip(loss_weights(self.loss).values(), terms.sum(1).unbind()) if weight)
             last = len(slots) - len(slots) // len(logits) # the last layer's pairs come last
             errors = count_errors(logits[-1], packed, labels[last:], slots[last:] - logits[:-1, :, :, 0].numel())

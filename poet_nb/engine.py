@@ -4,39 +4,47 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Augmented',
-           'EpochBatches', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor',
-           'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model', 'to_device', 'autocast',
-           'update_ema', 'train_step', 'compact', 'evaluate', 'save_checkpoint', 'read_checkpoint',
-           'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log',
-           'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'fit', 'describe_line']
+           'EpochBatches', 'loader_faults', 'tells_size', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader',
+           'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model',
+           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'train_step', 'compact', 'evaluate',
+           'mean_sums', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint', 'config_differences', 'restore',
+           'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log', 'check_folder', 'make_folder',
+           'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
-import copy, json, math, os, platform, random, signal, subprocess, sys, threading, time
+import copy, json, math, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 import numpy as np, scipy, torch, torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, config_from_dict, override, save_config, write_atomic
-from .coco import open_coco
+from .config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, save_config, write_atomic
+from .keypoints import save_categories
+from .coco import check_alike, open_split
 from .transforms import collate, eval_transforms, image_generator, normalize, one_thread, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
-from .poet import Poet, PostProcess, build_poet, new_network, save_weights
+from .poet import Poet, PostProcess, new_network, save_weights
+from .weights import start_from
 from .criterion import SetCriterion
 from .pretrain import DensePretrainer, seed_decoder
 from .coco_eval import evaluate_keypoints, load_ground_truth, save_results, to_coco_results
+from .buckets import BucketOrder
+from .switches import compile_parts, keep_memory
+from .distributed import (any_of, averaging, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, on_main, processes, rank, seed_process, share_of,
+                                 totals, world_size)
 
 # %% ../nbs/31_engine.ipynb #42dc9d0d
 def choose_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1" or "mps"
 )->torch.device:
-    "The device to run on; auto takes CUDA, then MPS, then CPU."
-    if name != "auto": return torch.device(name)
-    if torch.cuda.is_available(): return torch.device("cuda")
+    "The device to run on; auto takes CUDA, then MPS, then CPU. Under torchrun every process has a GPU of its own."
+    if name != "auto": return local_gpu(torch.device(name))
+    if torch.cuda.is_available(): return local_gpu(torch.device("cuda"))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/31_engine.ipynb #7808a45f
@@ -44,6 +52,7 @@ def cpu_capabilities()->dict: # "amx_bf16" and the like -> bool, "cpu_name" -> t
     "What PyTorch knows of the processor."
     return getattr(torch.cpu, "get_capabilities", dict)()
 
+# %% ../nbs/31_engine.ipynb #fe347b2d
 def autocast_dtype(
     amp:str, # "none", "bf16", "fp16" or "auto"
     device:torch.device,
@@ -56,6 +65,7 @@ def autocast_dtype(
         fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
     return torch.bfloat16 if fast else None
 
+# %% ../nbs/31_engine.ipynb #930558fd
 def bf16_speed(
     device:torch.device,
     n:int=1024,    # rows and columns of the matrices
@@ -78,13 +88,14 @@ def _git(*args):
     try: return subprocess.run(["git", *args], cwd=Path(__file__).parent if "__file__" in globals() else ".", capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+# %% ../nbs/31_engine.ipynb #6821c5ee
 def environment(
     config:Config,
     device:torch.device,
 )->dict: # JSON-ready
     "What a result depends on beside the configuration: commit, versions, device, threads, seed."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name") or platform.machine()
-    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed,
+    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed, processes=world_size(),
                 device=device.type, device_name=name, autocast=str(autocast_dtype(config.train.amp, device)).removeprefix("torch."), threads=torch.get_num_threads(), cpus=os.cpu_count(), platform=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__, scipy=scipy.__version__)
 
@@ -98,45 +109,81 @@ class Augmented(Dataset):
         image, target = self.dataset[index]
         return self.transforms(image, target, image_generator(self.seed, epoch, int(target["image_id"])))
 
+# %% ../nbs/31_engine.ipynb #2a340ceb
 class EpochBatches:
-    "Batches of (index, epoch) in an order drawn from (seed, epoch); can start in the middle. The last, incomplete batch is left out."
-    def __init__(self, length:int, batch_size:int, seed:int):
-        self.length, self.batch_size, self.seed, self.epoch, self.start = length, min(batch_size, length), seed, 0, 0
+    "Batches of (index, epoch) in an order drawn from (seed, epoch), this process's share of each; can start in the middle. The last, incomplete batch is left out."
+    def __init__(self, length:int, batch_size:int, seed:int, arrange=None):
+        self.length, self.batch_size, self.seed, self.epoch, self.start, self.arrange = length, min(batch_size, length), seed, 0, 0, arrange
     def __len__(self): return self.length // self.batch_size - self.start
     def __iter__(self):
         epoch, order = self.epoch, torch.randperm(self.length, generator=image_generator(self.seed, self.epoch, 0)).tolist()
+        if self.arrange: order = self.arrange(order, self.batch_size, epoch) # a `BucketOrder`
         for i in range(self.start, self.length // self.batch_size):
-            yield [(j, epoch) for j in order[i*self.batch_size:(i + 1)*self.batch_size]]
+            yield [(j, epoch) for j in share_of(order[i*self.batch_size:(i + 1)*self.batch_size])]
+
+# %% ../nbs/31_engine.ipynb #15939daa
+@contextmanager
+def loader_faults()->Iterator[None]:
+    "Say in words that a loader process has died or hangs. Raises: WorkerError."
+    try: yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader (worker \(pid|timed out)", str(error))
+        if not found: raise
+        what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer") if found[1] == "timed out" else
+                        ("has died", "most often for lack of memory: fewer loader processes or smaller images help"))
+        raise WorkerError(f"a loader process {what} ({str(error).splitlines()[0]:.120}): {remedy}, --set data.workers=0 does without; "
+                          "a run goes on with --resume") from error
+
+# %% ../nbs/31_engine.ipynb #42878fb1
+@contextmanager
+def tells_size(
+    samples, # NestedTensor that is worked on inside
+)->Iterator[None]:
+    "Give an error for lack of memory the size of the batch, as attribute `batch`."
+    try: yield
+    except (MemoryError, RuntimeError) as error:
+        n, _, height, width = samples.tensors.shape
+        error.batch = f"{n} images, padded to {width} x {height} pixels"
+        raise
 
 # %% ../nbs/31_engine.ipynb #c309c218
 def _worker(worker_id):
-    "Loader processes leave the signals and the cores to the main one."
+    "Loader processes leave Ctrl-C, the first SIGTERM (a cluster sends it to all processes) and the cores to the main one."
     signal.signal(signal.SIGINT, signal.SIG_IGN); one_thread(worker_id)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
+# %% ../nbs/31_engine.ipynb #57f645a5
 class PadTo:
     "A `collate` for a loader process (an object, so that it can be pickled)."
     def __init__(self, multiple_of): self.multiple_of = multiple_of
     def __call__(self, batch): return collate(batch, self.multiple_of)
 
+# %% ../nbs/31_engine.ipynb #c7a0be19
 def _loader(dataset, batches, config, device):
     "A loader with the settings that training and evaluation share."
     workers = config.data.workers
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=PadTo(config.data.pad_multiple), pin_memory=device.type == "cuda",
-                      worker_init_fn=_worker, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=PadTo(config.data.pad_multiple), pin_memory=config.data.pin_memory and device.type == "cuda",
+                      worker_init_fn=_worker, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
 
+# %% ../nbs/31_engine.ipynb #92f8ce4c
 def train_loader(
     config:Config,
     device:torch.device,
 )->tuple[DataLoader, EpochBatches]:
     "Shuffled, augmented batches of the training split, and the sampler that knows the epoch. Truncated images are skipped and counted."
-    data = open_coco(config.data.root, config.data.train, with_people_only=config.data.with_people_only, on_bad_image="skip")
+    data = open_split(config.data, config.data.train, with_people_only=config.data.with_people_only, on_bad_image="skip")
     if not len(data): raise DataError(f"{data.annotations_file}: the split {config.data.train} has no images to train on")
-    batches = EpochBatches(len(data), config.train.batch_size // config.train.accumulate, config.train.seed)
+    augment, images = train_transforms(config.data, data.skeleton), data.index.images
+    arrange = BucketOrder(augment, images.sizes[data.rows], images.ids[data.rows], config.train.seed, config.data.pad_multiple) if config.data.buckets else None
+    batches = EpochBatches(len(data), config.train.batch_size // config.train.accumulate, config.train.seed, arrange)
+    if batches.batch_size < world_size():
+        raise ConfigError(f"field train.batch_size: {config.train.batch_size} images in {config.train.accumulate} parts do not give each of {world_size()} processes one; "
+                          "fewer processes, a smaller train.accumulate or a larger train.batch_size")
     if len(batches) < config.train.accumulate:
         raise ConfigError(f"field train.batch_size: {config.train.batch_size} in {config.train.accumulate} parts is more than the {len(data)} images of "
                           f"{config.data.train} can fill; lower train.batch_size or train.accumulate")
-    return _loader(Augmented(data, train_transforms(config.data, data.skeleton), config.train.seed), batches, config, device), batches
+    return _loader(Augmented(data, augment, config.train.seed), batches, config, device), batches
 
 # %% ../nbs/31_engine.ipynb #b07581f3
 def same_size_batches(
@@ -148,14 +195,16 @@ def same_size_batches(
     for i, size in enumerate(map(tuple, sizes)): groups.setdefault(size, []).append(i)
     return [group[i:i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
 
+# %% ../nbs/31_engine.ipynb #da56589b
 def eval_loader(
     config:Config,
     device:torch.device,
 )->DataLoader:
-    "All images of the validation split, each once; a bad image is an error."
-    data = open_coco(config.data.root, config.data.val)
+    "All images of the validation split, each once, this process's share of them; a bad image is an error."
+    data = open_split(config.data, config.data.val)
     data.transforms = eval_transforms(config.data, data.skeleton)
-    return _loader(data, same_size_batches(data.index.images.sizes[data.rows].tolist(), min(config.train.batch_size, 32)), config, device)
+    batches = same_size_batches(data.index.images.sizes[data.rows].tolist(), min(config.train.batch_size, 32))
+    return _loader(data, batches[rank()::world_size()], config, device)
 
 # %% ../nbs/31_engine.ipynb #b9f12be6
 def make_optimizer(
@@ -169,8 +218,9 @@ def make_optimizer(
     for n, p in model.named_parameters():
         if p.requires_grad: parts["backbone" in n].append(p)
     groups = [dict(params=ps, base_lr=lr or (t.lr_backbone if backbone else t.lr)) for backbone, ps in parts.items() if ps]
-    return torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=groups[0]["params"][0].device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=t.fused and groups[0]["params"][0].device.type in ("cuda", "cpu"))
 
+# %% ../nbs/31_engine.ipynb #6c6fe109
 def lr_factor(
     step:int,      # optimiser steps done
     per_epoch:int, # steps an epoch
@@ -190,10 +240,10 @@ class PoetLoss(nn.Module):
         super().__init__()
         self.poet, self.criterion = model, SetCriterion(config.loss, config.model.num_classes)
 
-    def forward(self, samples, targets, num_people=None)->dict:
+    def forward(self, samples, targets, num_people=None, num_images=None)->dict:
         outputs = self.poet(samples)
         groups = len(outputs["pred_logits"]) // len(targets)
-        return self.criterion(outputs, [t for t in targets for _ in range(groups)], num_people and num_people * groups)
+        return self.criterion(outputs, [t for t in targets for _ in range(groups)], *(n if n is None else n * groups for n in (num_people, num_images)))
 
 # %% ../nbs/31_engine.ipynb #c9873d99
 class PoetMethod:
@@ -215,11 +265,19 @@ class PoetMethod:
             return criterion(outputs, targets), post((outputs["aux_outputs"] + [outputs])[layer], sizes)
         return ask
 
+    @staticmethod
+    def people(model:nn.Module, layer:int=-1):
+        "A function of (samples, sizes): what is predicted for each image, without any annotation to compare it with."
+        post = PostProcess()
+        def ask(samples, sizes):
+            outputs = model(samples)
+            return post((outputs["aux_outputs"] + [outputs])[layer], sizes)
+        return ask
+
+# %% ../nbs/31_engine.ipynb #2c206568
 def method_of(config:Config):
     "The method that a configuration names."
     return PoetMethod if config.model.method == "poet" else import_module("poet_nb.associative_embedding").AEMethod
-
-
 
 # %% ../nbs/31_engine.ipynb #70d45abe
 @dataclass
@@ -228,6 +286,7 @@ class RunState:
     phase:str                       # "pretrain" or "poet"
     model:nn.Module                 # the network inside the task
     task:nn.Module                  # samples, targets -> dict with "loss"
+    parallel:nn.Module              # what a step calls: the task, or all processes' tasks together
     optimizer:torch.optim.Optimizer
     scaler:torch.amp.GradScaler
     ema:Poet|None = None            # moving average of the weights
@@ -250,10 +309,14 @@ def start_phase(
     if t.channels_last: model.to(memory_format=torch.channels_last)
     task = DensePretrainer(model, config.loss).to(device) if phase == "pretrain" else method_of(config).task(model, config)
     if phase == "poet" and t.fold_bn: fold_batchnorm(model.backbone.body)
+    parallel = in_parallel(task, some_unused=phase == "pretrain") # the weights of the main process, for all
     ema = copy.deepcopy(model).eval().requires_grad_(False) if t.ema_decay and phase == "poet" else None
-    return RunState(phase, model, task, make_optimizer(task, config, t.pretrain_lr if phase == "pretrain" else None),
+    if t.compile and phase == "poet": compile_parts(model)
+    if t.keep_memory and device.type == "cpu": keep_memory()
+    return RunState(phase, model, task, parallel, make_optimizer(task, config, t.pretrain_lr if phase == "pretrain" else None),
                     torch.amp.GradScaler(device.type, enabled=t.amp == "fp16"), ema)
 
+# %% ../nbs/31_engine.ipynb #fec448f7
 def new_model(
     config:Config,
     phase:str="poet", # "pretrain" trains live BatchNorms
@@ -275,6 +338,7 @@ def to_device(
     if config.train.channels_last: samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last)
     return samples
 
+# %% ../nbs/31_engine.ipynb #308fff51
 def autocast(
     config:Config,
     device:torch.device,
@@ -283,6 +347,7 @@ def autocast(
     kind = autocast_dtype(config.train.amp, device)
     return torch.autocast(device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
 
+# %% ../nbs/31_engine.ipynb #cec97432
 @torch.no_grad()
 def update_ema(
     ema:nn.Module,
@@ -294,6 +359,33 @@ def update_ema(
     pairs = [(a, new[k]) for k, a in ema.state_dict().items() if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
 
+# %% ../nbs/31_engine.ipynb #3b764e43
+def batch_counts(
+    parts:list, # (samples, targets), those of this process
+)->tuple: # people, and where there is more than one part images: means over all parts
+    "What losses are divided by: the arguments num_people and num_images of a task."
+    n = len(parts) * world_size()
+    people, images = totals(sum(len(x["labels"]) for _, targets in parts for x in targets), sum(len(targets) for _, targets in parts))
+    return (people / n, images / n) if n > 1 else (people,)
+
+# %% ../nbs/31_engine.ipynb #9a68bf08
+def _not_finite(what, parts, losses):
+    "The error for a loss or gradient of a batch."
+    terms = {k: v.item() for k, v in losses.items() if k.count("_") < 2}
+    return NonFiniteError(f"the {what} is not finite for images {[int(x['image_id']) for _, ts in parts for x in ts]}; {', '.join(f'{k} = {v:.4g}' for k, v in terms.items())}; "
+                          "a smaller train.lr or train.clip_max_norm helps", terms)
+
+# %% ../nbs/31_engine.ipynb #4d3a3baf
+def forward_all(state:RunState, samples, targets:list, counts:tuple, config:Config)->dict:
+    "Losses of a part. Raises: NonFiniteError in all processes if it is raised in one."
+    error = None
+    try:
+        with autocast(config, samples.tensors.device): losses = state.parallel(samples, targets, *counts)
+        if not math.isfinite(losses["loss"].item()): raise _not_finite("loss", [(samples, targets)], losses)
+    except NonFiniteError as e: error = e
+    if any_of(error is not None): raise error or NonFiniteError("another process met a prediction or a cost that is not finite")
+    return losses
+
 # %% ../nbs/31_engine.ipynb #ad67e2d9
 def train_step(
     state:RunState,
@@ -301,20 +393,18 @@ def train_step(
     config:Config,
     device:torch.device,
 )->dict: # losses, mean over the parts, tensors
-    "One optimiser step. Raises: NonFiniteError, without having changed any weight."
-    t, total = config.train, {}
-    people = sum(len(x["labels"]) for _, targets in parts for x in targets) / len(parts)
+    "One optimiser step, of all processes together. Raises: NonFiniteError, without having changed any weight."
+    t, total, counts = config.train, {}, batch_counts(parts)
     state.optimizer.zero_grad(set_to_none=True)
-    for samples, targets in parts:
-        with autocast(config, device): losses = state.task(to_device(samples, device, config), targets, people)
-        state.scaler.scale(losses["loss"] / len(parts)).backward()
+    for number, (samples, targets) in enumerate(parts, 1):
+        with tells_size(samples), averaging(state.parallel, number == len(parts)):
+            losses = forward_all(state, to_device(samples, device, config), targets, counts, config)
+            state.scaler.scale(losses["loss"] / len(parts)).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach() / len(parts)
     state.scaler.unscale_(state.optimizer)
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"), foreach=True)
-    if not state.scaler.is_enabled() and not math.isfinite(norm.item()):
-        terms = ", ".join(f"{k} = {v.item():.4g}" for k, v in total.items() if k.count("_") < 2)
-        raise NonFiniteError(f"the gradient is not finite for images {[int(x['image_id']) for _, ts in parts for x in ts]}; {terms}; a smaller train.lr or train.clip_max_norm helps")
+    if not state.scaler.is_enabled() and not math.isfinite(norm.item()): raise _not_finite("gradient", parts, total)
     state.scaler.step(state.optimizer); state.scaler.update()
     if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
         raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")
@@ -334,6 +424,8 @@ def compact(
                 keypoints=torch.cat([rounded(person["keypoints"][..., :2], 1), rounded(person["keypoints"][..., 2:], 2)], -1))
 
 # %% ../nbs/31_engine.ipynb #d19811d5
+@loader_faults()
+@torch.compiler.set_stance("force_eager") # each of its sizes would be compiled
 @torch.no_grad()
 def evaluate(
     model:Poet,
@@ -346,35 +438,56 @@ def evaluate(
 )->tuple[dict, dict, list]: # COCO numbers, mean losses, COCO results
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = loader or eval_loader(config, device)
-    truth = truth or load_ground_truth(loader.dataset.annotations_file)
-    judge, results, sums, steps = method_of(config).judge(model, config, layer), [], {}, 0
+    truth = truth or load_ground_truth(loader.dataset)
+    judge, found, sums, images = method_of(config).judge(model, config, layer), [], {}, 0
     model.eval()
     for samples, targets in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
-        with autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
+        with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
-        steps += len(targets)
+        images += len(targets)
         people = [compact(p) for p in people]
-        results += to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids)
-    numbers = evaluate_keypoints(truth, results, verbose=False)
-    return numbers, {k: v / max(steps, 1) for k, v in sums.items()}, results
+        found.append(to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids))
+    found, sums, images = zip(*gathered((found, sums, images)))                                        # by process; they took the batches in turn
+    results = [person for turn in zip_longest(*found, fillvalue=()) for batch in turn for person in batch]
+    numbers = on_main(lambda: evaluate_keypoints(truth, results, verbose=False))
+    return numbers, {k: sum(s.get(k, 0) for s in sums) / max(sum(images), 1) for k in sums[0]}, results
 
 # %% ../nbs/31_engine.ipynb #f1cf92cc
+def mean_sums(
+    sums:dict, # of this process
+)->dict: # mean over all processes
+    "Running sums, such as those that one process would have."
+    if world_size() == 1: return sums
+    everyone = gathered({k: float(v) for k, v in sums.items()})
+    return {k: sum(s.get(k, 0.) for s in everyone) / len(everyone) for k in everyone[0]}
+
+# %% ../nbs/31_engine.ipynb #780155e4
 def save_checkpoint(
     state:RunState,
     config:Config,
     folder:Path,
 )->None:
-    "Write checkpoint.pt atomically, keeping the one before as checkpoint.prev.pt."
-    folder = Path(folder); part = folder/f".checkpoint.{os.getpid()}.part"
+    "Let the main process write checkpoint.pt; all processes have to call it, for each has its random numbers."
+    rng = gathered((torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)))
     content = dict(config=config.to_dict(), phase=state.phase, task=state.task.state_dict(), optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict(),
-                   ema=state.ema.state_dict() if state.ema is not None else None, epoch=state.epoch, batch=state.batch, sums=state.sums, seconds=state.seconds,
-                   rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+                   ema=state.ema.state_dict() if state.ema is not None else None, epoch=state.epoch, batch=state.batch, sums=mean_sums(state.sums),
+                   seconds=state.seconds, rng=rng)
+    on_main(lambda: write_checkpoint(content, Path(folder)))
+
+# %% ../nbs/31_engine.ipynb #541f9189
+def write_checkpoint(
+    content:dict, # tensors and plain values
+    folder:Path,
+)->None:
+    "Write checkpoint.pt atomically, keeping the one before as checkpoint.prev.pt. Raises: OSError naming the file."
+    part = folder/f".checkpoint.{os.getpid()}.part"
     try:
-        with open(part, "wb") as f: torch.save(content, f); f.flush(); os.fsync(f.fileno())
+        with names_file(folder/"checkpoint.pt"), open(part, "wb") as f: torch.save(content, f); f.flush(); os.fsync(f.fileno())
         if (folder/"checkpoint.pt").exists(): os.replace(folder/"checkpoint.pt", folder/"checkpoint.prev.pt")
         os.replace(part, folder/"checkpoint.pt")
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/31_engine.ipynb #f53cdc83
 def read_checkpoint(
     folder:Path, # run folder
 )->dict:
@@ -384,6 +497,8 @@ def read_checkpoint(
         path = Path(folder)/name
         if not path.exists(): errors.append(f"{path}: no such file"); continue
         try:
+            with zipfile.ZipFile(path) as parts: damaged = parts.testzip() # PyTorch itself does not look at the checksums
+            if damaged: raise ValueError(f"{damaged} is damaged")
             found = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(found, dict) or not {"config", "phase", "task"} <= found.keys(): raise ValueError("no checkpoint of a run")
             if errors: print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
@@ -397,7 +512,7 @@ def config_differences(
     b:dict, # another
 )->list[str]:
     "Fields in which two configurations differ, as part.name: a -> b; where the data and loader processes are does not count."
-    same, out = {"data.root", "data.workers", "train.device"}, []
+    same, out = {"data.root", "data.workers", "data.worker_timeout", "train.device"}, []
     for part in (name for name in a if name != "name"):
         for k in sorted(set(a[part]) | set(b[part])):
             x, y = a[part].get(k), b[part].get(k)
@@ -405,6 +520,7 @@ def config_differences(
             if plain(x) != plain(y) and f"{part}.{k}" not in same: out.append(f"{part}.{k}: {x} -> {y}")
     return out
 
+# %% ../nbs/31_engine.ipynb #a90ea4a9
 def restore(
     found:dict, # of `read_checkpoint`
     config:Config,
@@ -417,14 +533,17 @@ def restore(
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
     if state.ema is not None: state.ema.load_state_dict(found["ema"])
     for name in ("epoch", "batch", "sums", "seconds"): setattr(state, name, found[name])
-    torch.set_rng_state(found["rng"])
-    if found["cuda_rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(found["cuda_rng"])
+    rng = found["rng"] if isinstance(found["rng"], list) else [(found["rng"], found["cuda_rng"][0] if found["cuda_rng"] else torch.empty(0))] # one, in older checkpoints
+    if rank() >= len(rng): seed_process(config.train.seed, 1000 * state.epoch + state.batch); return state  # there were fewer processes
+    torch.set_rng_state(rng[rank()][0])
+    if len(rng[rank()][1]) and torch.cuda.is_available(): torch.cuda.set_rng_state(rng[rank()][1])
     return state
 
 # %% ../nbs/31_engine.ipynb #1d28dcfe
 class Stopped(Exception):
     "A run was asked to stop; its checkpoint is written."
 
+# %% ../nbs/31_engine.ipynb #dbdfef61
 @contextmanager
 def stop_requests()->Iterator[threading.Event]:
     "An event that is set by SIGINT or SIGTERM while the context lasts; the second signal acts as usual."
@@ -449,11 +568,14 @@ def _grouped(loader, n):
             if isinstance(e, RuntimeError) and not isinstance(e.__cause__, StopIteration): raise
             return
 
+# %% ../nbs/31_engine.ipynb #4f9c8fed
 def _note_bad_step(state, error, parts, config, folder):
     "Record a step that was not applied; after `nonfinite_patience` in a row save the last good state and raise."
     state.bad_steps += 1
-    line = dict(phase=state.phase, epoch=state.epoch + 1, batch=state.batch, images=[int(x["image_id"]) for _, ts in parts for x in ts], error=str(error))
-    with open(folder/"nonfinite.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
+    images = sum(gathered([int(x["image_id"]) for _, ts in parts for x in ts]), [])
+    line = dict(phase=state.phase, epoch=state.epoch + 1, batch=state.batch, images=images, error=str(error),
+                terms={k: v if math.isfinite(v) else str(v) for k, v in error.terms.items()})
+    on_main(lambda: append_line(folder/"nonfinite.jsonl", line))
     if state.bad_steps < config.train.nonfinite_patience: return
     save_checkpoint(state, config, folder)
     raise NonFiniteError(f"{state.bad_steps} steps in a row were not finite, the last: {error}; see {folder/'nonfinite.jsonl'}")
@@ -477,12 +599,13 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
         except NonFiniteError as e: _note_bad_step(state, e, parts, config, folder)
         state.batch += 1; bar.update()
         now = time.monotonic(); state.seconds = before + now - begun
-        if asked.is_set(): save_checkpoint(state, config, folder); raise Stopped
-        if now - saved > 60 * t.checkpoint_minutes: save_checkpoint(state, config, folder); saved = now
+        stop, due = totals(asked.is_set(), now - saved > 60 * t.checkpoint_minutes)        # what one process asks for, all do
+        if stop or due: save_checkpoint(state, config, folder); saved = now
+        if stop: raise Stopped
     bar.close()
     save_checkpoint(state, config, folder) # whatever evaluation may meet, the epoch is not lost
-    steps = max(state.sums.get("steps", 0), 1)
-    return {k: float(v) / steps for k, v in state.sums.items() if k != "steps"}
+    sums = mean_sums(state.sums)
+    return {k: float(v) / max(sums.get("steps", 0), 1) for k, v in sums.items() if k != "steps"}
 
 # %% ../nbs/31_engine.ipynb #219c26e9
 LOGS = {"pretrain": "pretrain.jsonl", "poet": "metrics.jsonl"} # the log of each phase
@@ -492,8 +615,9 @@ def append_line(
     line:dict, # JSON-ready
 )->None:
     "Append a line to a log and make sure that it is on disk."
-    with open(path, "a") as f: f.write(json.dumps(line) + "\n"); f.flush(); os.fsync(f.fileno())
+    with names_file(path), open(path, "a") as f: f.write(json.dumps(line) + "\n"); f.flush(); os.fsync(f.fileno())
 
+# %% ../nbs/31_engine.ipynb #8564e756
 def cut_log(
     path:Path,
     epoch:int, # last epoch to keep
@@ -519,17 +643,21 @@ def check_folder(
     if (folder/LOGS["poet"]).exists():
         raise CheckpointError(f"{folder}: holds the results of a run but no checkpoint to go on from; choose another folder")
 
+# %% ../nbs/31_engine.ipynb #0ff2d20e
 def make_folder(
     config:Config,
     folder:Path,
     device:torch.device,
+    categories:list[dict], # COCO's, one a label: what is learnt
 )->None:
-    "Begin the run folder of a new run: what is to be done, and where."
+    "Begin the run folder of a new run: what is to be done, on what, and where."
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder/"config.json")
+    save_categories(categories, folder/"skeleton.json")
     write_atomic(folder/"environment.json", json.dumps(environment(config, device), indent=1) + "\n")
     for name in LOGS.values(): (folder/name).unlink(missing_ok=True)
 
+# %% ../nbs/31_engine.ipynb #ff5545dd
 def finish_pretraining(
     state:RunState,
     config:Config,
@@ -552,18 +680,52 @@ def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation
     line["step"] = state.epoch * evaluation["steps_per_epoch"]
     if state.phase == "poet" and (state.epoch % t.eval_every == 0 or state.epoch == epochs):
         model = state.ema if state.ema is not None else state.model
+        copy_buffers(model)
         numbers, line["val"], results = evaluate(model, config, device, evaluation["loader"], evaluation["truth"], progress=progress)
         line["coco"] = {k: float(v) for k, v in numbers.items()}
-        save_results(results, folder/"predictions.json")
-        save_weights(model, folder/"model.safetensors", torch.float16)
-    skipped = evaluation["train_data"].bad_images(forget=True)
-    if skipped: line["skipped"] = [str(p) for p in skipped]; print(f"warning: {len(skipped)} unreadable training images were skipped, first {skipped[0]}", file=sys.stderr)
+        on_main(lambda: (save_results(results, folder/"predictions.json"), save_weights(model, folder/"model.safetensors", torch.float16), None)[-1])
+    skipped = sum(gathered([str(p) for p in evaluation["train_data"].bad_images(forget=True)]), [])
+    if skipped: line["skipped"] = skipped
+    if skipped and is_main(): print(f"warning: {len(skipped)} unreadable training images were skipped, first {skipped[0]}", file=sys.stderr)
     state.batch, state.sums, state.seconds = 0, {}, 0.
-    append_line(folder/LOGS[state.phase], line)
+    on_main(lambda: append_line(folder/LOGS[state.phase], line))
     save_checkpoint(state, config, folder)
     return line
 
+# %% ../nbs/31_engine.ipynb #73dda3df
+def begin(config:Config, folder:Path, device:torch.device, resume:bool=False, init=None)->tuple[RunState, DataLoader, EpochBatches, dict]:
+    "All that a run needs, at its first step or where its checkpoint is; the last is what evaluation needs."
+    random.seed(config.train.seed); np.random.seed(config.train.seed); torch.manual_seed(config.train.seed)
+    loader, batches = train_loader(config, device)
+    test = eval_loader(config, device)
+    check_alike(loader.dataset.dataset, test.dataset)
+    per_epoch = batches.length // batches.batch_size // config.train.accumulate
+    evaluation = dict(loader=test, truth=load_ground_truth(test.dataset), train_data=loader.dataset.dataset, steps_per_epoch=per_epoch,
+                      images_per_epoch=per_epoch * batches.batch_size * config.train.accumulate)
+    method_of(config).check(config)                              # a loss that contradicts itself is refused now, not after the pre-training
+    found = on_main(lambda: check_folder(folder, resume))
+    phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
+    with main_first(): model = None if found else start_from(init, config, test.dataset.categories)[0] if init else new_model(config, phase)
+    state = restore(found, config, device) if found else start_phase(phase, model, config, device)
+    if not found: seed_process(config.train.seed)
+    def prepare():
+        if not found: make_folder(config, folder, device, test.dataset.categories); return  # now, so that a start that fails leaves nothing behind
+        for left in folder.glob(".*.part"): left.unlink()          # half-written by a process that was killed
+        cut_log(folder/LOGS[state.phase], state.epoch)
+        if state.phase == "pretrain": cut_log(folder/LOGS["poet"], 0)
+    on_main(prepare)
+    return state, loader, batches, evaluation
+
+# %% ../nbs/31_engine.ipynb #064b1544
+def read_log(
+    folder:Path, # run folder
+)->list[dict]: # a dict an epoch
+    "The log of the POET phase, empty if it has not begun."
+    log = folder/LOGS["poet"]
+    return [json.loads(l) for l in log.read_text().splitlines()] if log.exists() else []
+
 # %% ../nbs/31_engine.ipynb #a0bb0732
+@loader_faults()
 def fit(
     config:Config,
     folder:str|Path,          # run folder
@@ -572,34 +734,22 @@ def fit(
     init:str|Path|None=None,  # run folder or weights file to start from, instead of train.init
 )->list[dict]: # the log, a dict an epoch
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
-    folder, device = Path(folder), choose_device(config.train.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("WORLD_SIZE is more than 1: training on several devices is not built yet; start one process, without torchrun")
-    random.seed(config.train.seed); np.random.seed(config.train.seed); torch.manual_seed(config.train.seed)
-    loader, batches = train_loader(config, device)
-    test = eval_loader(config, device)
-    per_epoch = batches.length // batches.batch_size // config.train.accumulate
-    evaluation = dict(loader=test, truth=load_ground_truth(test.dataset.annotations_file), train_data=loader.dataset.dataset, steps_per_epoch=per_epoch,
-                      images_per_epoch=per_epoch * batches.batch_size * config.train.accumulate)
-    method_of(config).check(config)                              # a loss that contradicts itself is refused now, not after the pre-training
-    found = check_folder(folder, resume)
-    phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
-    state = restore(found, config, device) if found else start_phase(phase, build_poet(config, init) if init else new_model(config, phase), config, device)
-    if not found: make_folder(config, folder, device)            # now, so that a start that fails leaves nothing behind
-    if found: cut_log(folder/LOGS[state.phase], state.epoch)
-    if found and state.phase == "pretrain": cut_log(folder/LOGS["poet"], 0)
-    try:
-        with stop_requests() as asked:
-            while True:
-                epochs = config.train.pretrain_epochs if state.phase == "pretrain" else config.train.epochs
-                while state.epoch < epochs:
-                    means = train_epoch(state, loader, batches, config, folder, asked, epochs, progress)
-                    line = end_epoch(state, means, config, folder, evaluation, epochs, progress)
-                    if progress: print(describe_line(state.phase, line), flush=True)
-                if state.phase == "poet": break
-                state = finish_pretraining(state, config, device)
-    except Stopped: print(f"stopped after {state.phase} epoch {state.epoch}, batch {state.batch}; go on with --resume", file=sys.stderr)
-    log = folder/LOGS["poet"]
-    return [json.loads(l) for l in log.read_text().splitlines()] if log.exists() else []
+    folder, device, progress = Path(folder), choose_device(config.train.device), progress and is_main()
+    with processes(device):
+        state, loader, batches, evaluation = begin(config, folder, device, resume, init)
+        try:
+            with stop_requests() as asked:
+                while True:
+                    epochs = config.train.pretrain_epochs if state.phase == "pretrain" else config.train.epochs
+                    while state.epoch < epochs:
+                        means = train_epoch(state, loader, batches, config, folder, asked, epochs, progress)
+                        line = end_epoch(state, means, config, folder, evaluation, epochs, progress)
+                        if progress: print(describe_line(state.phase, line), flush=True)
+                    if state.phase == "poet": break
+                    state = finish_pretraining(state, config, device)
+        except Stopped:
+            if is_main(): print(f"stopped after {state.phase} epoch {state.epoch}, batch {state.batch}; go on with --resume", file=sys.stderr)
+        return on_main(lambda: read_log(folder))
 
 # %% ../nbs/31_engine.ipynb #6b4fea72
 def describe_line(

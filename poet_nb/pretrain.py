@@ -81,6 +81,7 @@ class DensePretrainer(nn.Module):
         samples:NestedTensor, # normalised
         targets:list,         # B target dicts, fractions of the unpadded image
         num_people=None,      # people to divide by; None: those of the batch
+        num_images=None,      # images likewise
     )->dict: # "loss" and its parts, unweighted
         "Dense losses of a batch; sums over people are divided by their number."
         source, positions, padding = self.poet.features(samples)
@@ -90,9 +91,9 @@ class DensePretrainer(nn.Module):
         grid = (B, -(-H // self.poet.backbone.stride), -(-W // self.poet.backbone.stride))
         logits = F.pixel_shuffle(self.heatmaps(memory).float().transpose(1, 2).unflatten(2, grid[1:]), self.zoom)
         cells = self.poet.heads(memory[None])[0]
-        with torch.autocast(memory.device.type, enabled=False): return self.losses(logits, cells, targets, torch.tensor([H, W]), grid, num_people)
+        with torch.autocast(memory.device.type, enabled=False): return self.losses(logits, cells, targets, torch.tensor([H, W]), grid, num_people, num_images)
 
-    def losses(self, logits:Tensor, cells:dict, targets:list, batch_size:Tensor, grid:tuple, num_people=None)->dict:
+    def losses(self, logits:Tensor, cells:dict, targets:list, batch_size:Tensor, grid:tuple, num_people=None, num_images=None)->dict:
         "Heatmap logits (B, K, H, W) and the heads' answers (B, S, ...) of all cells -> losses."
         device = logits.device
         joints, seen, index = (t.to(device) for t in joint_list(targets, batch_size, self.loss.visible))
@@ -107,7 +108,7 @@ class DensePretrainer(nn.Module):
         pose = pose_losses({k: v[None] for k, v in cells.items()}, packed, pairs, image * owner.shape[1] + cell, weight)[:, 0] / people
         classes = cells["pred_logits"].flatten(0, 1)
         label = torch.full_like(owner, classes.shape[-1] - 1).index_put((image, cell), packed.labels[person])
-        terms = torch.cat([F.cross_entropy(classes, label.flatten())[None], pose])
+        terms = torch.cat([F.cross_entropy(classes, label.flatten())[None] * (len(logits) / (num_images or len(logits))), pose])
         total = self.heatmap_coef * heat + (terms * terms.new_tensor(list(loss_weights(self.loss).values()))).sum()
         return dict(loss=total, loss_heatmaps=heat.detach()) | dict(zip(TERMS, terms.detach()))
 

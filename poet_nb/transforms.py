@@ -8,8 +8,8 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'drop_cells', 'warp_image', 'warp_points', 'leave_image', 'warp_boxes', 'has_area', 'keep_people',
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
            'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'Fused', 'to_fractions',
-           'train_transforms', 'eval_transforms', 'NestedTensor', 'batch_size', 'pad_images', 'collate', 'one_thread',
-           'normalize']
+           'posed_to_fractions', 'last_step', 'train_transforms', 'eval_transforms', 'NestedTensor', 'batch_size',
+           'pad_images', 'collate', 'one_thread', 'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
 import math
@@ -430,6 +430,22 @@ def to_fractions(
     ignore = torch.cat([ignore, unknown]).as_subclass(Tensor).float() / torch.tensor([width, height] * 2)
     return image, {**{k: v for k, v in target.items() if k != "boxes"}, "keypoints": keypoints, "ignore": ignore}
 
+# %% ../nbs/05_transforms.ipynb #6fffa00e
+def posed_to_fractions(
+    image:Tensor, # (3, H, W)
+    target:dict,  # keypoints in pixels
+)->tuple[Tensor, dict]: # as `to_fractions`, without the people that have no joint
+    "The last step that forgets people without a joint; their boxes stay in `ignore`."
+    image, target = to_fractions(image, target)
+    posed = (target["visibility"] > 0).any(1)
+    return image, target | {k: target[k][posed] for k in ("labels", "keypoints", "visibility", "area", "iscrowd")}
+
+def last_step(
+    config:DataConfig, # unposed
+)->Callable: # (image, target) -> (image, target)
+    "What follows the warp."
+    return posed_to_fractions if config.unposed == "nobody" else to_fractions
+
 # %% ../nbs/05_transforms.ipynb #012d4b5f
 def train_transforms(
     config:DataConfig, # scales, chances, sizes
@@ -440,7 +456,7 @@ def train_transforms(
     steps = [RandomFlip(skeleton, config.flip_prob), RandomRotation(config.rotation_degrees, config.rotation_prob),
              CoarseDropout(config.dropout_prob), crop, RandomResize(config.scales, config.max_size)]
     if (config.affine_scale, config.affine_shift) != ((1., 1.), 0.): steps.append(RandomZoom(config.affine_scale, config.affine_shift))
-    return Fused(steps, finish=to_fractions)
+    return Fused(steps, finish=last_step(config))
 
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(
@@ -448,7 +464,7 @@ def eval_transforms(
     skeleton:Skeleton|None=None, # not needed; there so that both are made alike
 )->Fused: # (image, target, generator=None) -> (image, target with fractions)
     "The one resize of evaluation."
-    return Fused([RandomResize([config.eval_scale], config.max_size)], finish=to_fractions)
+    return Fused([RandomResize([config.eval_scale], config.max_size)], finish=last_step(config))
 
 # %% ../nbs/05_transforms.ipynb #8156acbe
 @dataclass

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RENAMED', 'SILENT', 'translate', 'split_classes', 'backbone_name', 'read_sizes', 'read_options', 'official_config',
            'official_poet', 'load_official', 'load_detr', 'cache_folder', 'official_file', 'cached_name',
-           'download_weights', 'hub_folder', 'save_pretrained', 'is_hub_id', 'from_pretrained', 'portable',
-           'push_to_hub', 'find_weights', 'layout', 'poet_from']
+           'download_weights', 'hub_folder', 'categories_beside', 'save_pretrained', 'is_hub_id', 'from_pretrained',
+           'portable', 'push_to_hub', 'find_weights', 'layout', 'poet_from', 'transplant', 'start_from']
 
 # %% ../nbs/14_weights.ipynb #ed48d247
 import os, re, sys, tempfile, warnings
@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from .config import CheckpointError, Config, DataError, LossConfig, PoetError, load_config, override, preset, save_config
+from .keypoints import PERSON_KEYPOINTS, load_categories, save_categories
 from .coco import Source, fetch, file_sha256
 from .backbone import BACKBONES, SlimResNet, load_state_file, read_weights, state_of
 from .poet import Poet, fit_state, new_network, save_weights
@@ -226,21 +227,35 @@ def hub_folder(
 )->Path:
     "config.json and model.safetensors of a repository on the hub, in the hub's own cache. Raises: PoetError, CheckpointError."
     hub = _hub(repo)
-    try: return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+    try: return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors", "skeleton.json"]))
     except Exception as e:
         raise CheckpointError(f"{repo}: no such file or folder here, and the hub does not give it ({type(e).__name__}: {' '.join(str(e).split())[:200]}); is the name right? Without a network, "
                               "put the repository's config.json and model.safetensors into a folder and name that") from None
+
+# %% ../nbs/14_weights.ipynb #2530ef28
+def categories_beside(
+    path:str|Path, # file of weights
+    config:Config, # of the model
+)->list[dict]|None: # COCO categories, one a label; None: the folder does not tell
+    "What a model predicts, from the skeleton.json beside its weights. Raises: DataError."
+    file, m = Path(path).parent/"skeleton.json", config.model
+    if not file.is_file(): return None
+    categories = load_categories(file)
+    if len(categories) != m.num_classes or any(len(c["keypoints"]) != m.num_keypoints for c in categories):
+        raise DataError(f"{file}: {len(categories)} categories of {len(categories[0]['keypoints'])} joints, but the model beside it has {m.num_classes} of {m.num_keypoints}; copy the file from the model's run, or remove it")
+    return categories
 
 # %% ../nbs/14_weights.ipynb #a4def8c9
 def save_pretrained(
     model:Poet,
     folder:str|Path, # made if it is not there
 )->Path: # the folder
-    "Write config.json and model.safetensors."
+    "Write config.json, model.safetensors and, if the model knows what it predicts (`model.categories`), skeleton.json."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(model.config, folder/"config.json")
     save_weights(model, folder/"model.safetensors")
+    if getattr(model, "categories", None): save_categories(model.categories, folder/"skeleton.json")
     return folder
 
 # %% ../nbs/14_weights.ipynb #b857e105
@@ -261,14 +276,15 @@ def from_pretrained(
     folder = Path(source) if local else hub_folder(str(source), revision)
     model = new_network(load_config(folder))
     fit_state(model, load_state_file(folder/"model.safetensors"), folder/"model.safetensors")
+    model.categories = categories_beside(folder/"model.safetensors", model.config)
     return model.eval()
 
 # %% ../nbs/14_weights.ipynb #5299e1ed
 def portable(
     config:Config,
 )->Config:
-    "The configuration without paths of this machine: of an absolute data.root or train.init the last part stays."
-    paths = {"data.root": config.data.root, "train.init": config.train.init}
+    "The configuration without paths of this machine: of an absolute data.root, data.sigmas or train.init the last part stays."
+    paths = {"data.root": config.data.root, "data.sigmas": config.data.sigmas, "train.init": config.train.init}
     return override(config, **{field: Path(path).name for field, path in paths.items() if Path(path).is_absolute()})
 
 # %% ../nbs/14_weights.ipynb #1c8e8863
@@ -323,8 +339,54 @@ def poet_from(
     kind = layout(state)
     if kind == "official" and config.model.method == "poet": return official_poet(content, path, config.model.stride, base=config, free=("num_queries",) if adapt else ())
     model = new_network(config)
-    if kind == "poet" or config.model.method != "poet": fit_state(model, state, path)
+    if kind == "poet" or config.model.method != "poet":
+        fit_state(model, state, path)
+        model.categories = categories_beside(path, config)
     else:
         load_detr(model, path)
         warnings.warn(f"{path}: a DETR, which is a start and not a model of poses: the class and pose heads are random, train them")
     return model.eval()
+
+# %% ../nbs/14_weights.ipynb #166de428
+def transplant(
+    donor:Poet,
+    model:Poet,              # of the same configuration but for joints and classes; changed in place
+    old:tuple[str, ...]=(),  # the donor's joints; () unknown: those of the model if there are as many
+    new:tuple[str, ...]=(),  # the model's joints
+)->list[str]: # what stays as it is in the model, in words
+    "Take over all weights but those of other joints and classes. Raises: CheckpointError."
+    state, own, (a, b) = donor.state_dict(), model.state_dict(), (donor.config.model, model.config.model)
+    pairs = {k: old.index(n) for k, n in enumerate(new) if n in old} if old and new else {k: k for k in range(b.num_keypoints) if a.num_keypoints == b.num_keypoints}
+    fresh, told = [k for k in range(b.num_keypoints) if k not in pairs], []
+    for name in ("kpt_embed.layers.2.weight", "kpt_embed.layers.2.bias"):
+        rows = own[name].clone()
+        rows[:2] = state[name][:2]
+        for k, j in pairs.items(): rows[2 + 3*k:5 + 3*k] = state[name][2 + 3*j:5 + 3*j]
+        state[name] = rows
+    if fresh: told.append(f"pose head: {len(fresh)} of {b.num_keypoints} joints" + (f" ({', '.join(new[k] for k in fresh[:6])}{', ...' * (len(fresh) > 6)})" if new else ""))
+    if a.num_classes != b.num_classes:
+        state = {k: v for k, v in state.items() if not k.startswith(("class_embed.", "unposed_embed."))} | {k: v for k, v in own.items() if k.startswith("class_embed.")}
+        told.append(f"class head: {b.num_classes} classes instead of {a.num_classes}")
+    fit_state(model, state, "weights of a model with other heads")
+    return told
+
+# %% ../nbs/14_weights.ipynb #559a75ec
+def start_from(
+    source:str|Path,    # as for `find_weights`
+    config:Config,
+    categories:list[dict]|None=None, # what the model shall predict; None: not told
+)->tuple[Poet, list[str]]: # in evaluation mode; which heads are new, in words
+    "A model to fine-tune: everything that fits is taken from weights of any layout. Raises: CheckpointError."
+    path, m = find_weights(source, config.model.stride), config.model
+    theirs = state_of(read_weights(path), path)
+    state = translate(theirs)[0]
+    pose, logits = state.get("kpt_embed.layers.2.bias"), state.get("class_embed.bias")
+    if m.method != "poet" or pose is None or logits is None or len(pose) < 5: return poet_from(path, config), []
+    K, C = (len(pose) - 2) // 3, 1 if layout(theirs) == "official" else len(logits) - 1
+    donor = poet_from(path, override(config, **{"model.num_keypoints": K, "model.num_classes": C}))
+    known = getattr(donor, "categories", None)
+    old = tuple(known[0]["keypoints"]) if known else PERSON_KEYPOINTS if K == len(PERSON_KEYPOINTS) else ()
+    new = tuple(categories[0]["keypoints"]) if categories else ()
+    if (K, C) == (m.num_keypoints, m.num_classes) and (old == new or not old or not new): return donor, []
+    model = new_network(config)
+    return model.eval(), transplant(donor, model, old, new)

@@ -28,6 +28,7 @@ def values(part, name):
     kind = KINDS[part, name]
     if name in CHOICES: return st.sampled_from(CHOICES[name])
     if name in TOGETHER: return TOGETHER[name]
+    if kind == tuple[str, ...]: return st.lists(TEXT.filter(lambda t: t == t.strip() != "" and "," not in t), max_size=3).map(tuple)
     if typing.get_origin(kind) is tuple: return st.lists(st.integers(1, 2000), min_size=1, max_size=4).map(tuple)
     return {bool: st.booleans(), str: TEXT, int: st.integers(1, 1000), float: st.floats(1e-6, 1)}[kind]
 

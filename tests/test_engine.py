@@ -668,12 +668,6 @@ def test_a_start_that_fails_leaves_nothing_behind(scenes, tmp_path, changes, nam
     assert not (tmp_path / "run").exists(), "the same command can be given again, mended"
 
 
-def test_several_processes_are_refused(scenes, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PoetError, match="WORLD_SIZE"): fit(small(scenes), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run").exists()
-
-
 def test_fp16_gradients_that_always_overflow_end_the_run(scenes, tmp_path):
     config = small(scenes, "fp16")
     samples, targets = next(iter(engine.train_loader(config, CPU)[0]))

@@ -105,13 +105,14 @@ def test_the_eight_are_chosen_by_their_rule(coco_mini, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_eight_real_images_are_learnt_by_heart(coco_mini, tmp_path):
-    """AP on the very images that were trained on, all of their people counted.
+    """AP on the very images that were trained on, all of their people counted: 1,000 small steps at 160 pixels, AP 0.991, in 7 minutes on two cores.
 
-    2,000 small steps at 160 pixels: AP 0.830 at commit ba0f3fb, in 20 minutes on two shared cores, so this test fails; half of them (train.epochs=40) had given AP 0.849. The length is not what is missing."""
+    Nine of the 32 people there have no labelled joints. With data.unposed="person" they are learnt too, as people somewhere: AR reaches 0.974 but AP only 0.80 to 0.85,
+    because nothing has taught the network where their joints are, so each of them is a confident false positive."""
     config = override(preset("poet_tiny"), **{
         "data.root": str(eight(coco_mini, tmp_path / "eight", copies=25)), "data.workers": 0, "data.scales": [160], "data.max_size": 256, "data.eval_scale": 160,
-        "data.flip_prob": 0., "data.rotation_prob": 0., "data.dropout_prob": 0., "data.crop_prob": 0., "data.pad_multiple": 32,
-        "train.batch_size": 8, "train.pretrain_epochs": 6, "train.epochs": 80, "train.eval_every": 80, "train.ema_decay": 0., "train.warmup_steps": 20, "train.amp": "none",
+        "data.flip_prob": 0., "data.rotation_prob": 0., "data.dropout_prob": 0., "data.crop_prob": 0., "data.pad_multiple": 32, "data.unposed": "nobody",
+        "train.batch_size": 8, "train.pretrain_epochs": 6, "train.epochs": 40, "train.eval_every": 40, "train.ema_decay": 0., "train.warmup_steps": 20, "train.amp": "none",
         "train.checkpoint_minutes": 60., "train.device": "cpu"})
     log = fit(config, tmp_path / "run", progress=False)
     numbers, begun = log[-1]["coco"], log[0]["train"]["loss"]

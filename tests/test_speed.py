@@ -87,13 +87,20 @@ def record() -> dict:
     return json.loads(RECORD.read_text())
 
 
-SHORT = {("POET-R50 step, 512 x 512", "all three"): .9} # the aim is 2; measured 1.9, and 2.0 without attention dropout: the notebook says so
+SHORT = {("POET-R50 step, 512 x 512", "all three"): .9, ("POET-R50 step, 512 x 512", "all together"): .9} # the notebook says which aim is missed
+SWITCHES = {("POET-R50 step, 512 x 512", "all together"): 2.2, ("JPEG to tensor, longest side 512", "read_image, train_transforms"): 2.3,
+            ("JPEG to tensor, longest side 1333", "read_image, train_transforms"): 2.5} # measured since `compiling_seconds` is in the record
+ABLATION = {"bf16", "channels last", "folded", "kept memory", "all three", "all together", "all together, AdamW not fused", "all together, no attention dropout"}
 
 
 def test_committed_measurements_keep_the_claims(record):
     rows = {(r["what"], r["variant"]): r for r in record["comparisons"]}
-    assert {name: rows[name]["at_least"] for name in CLAIMS} == CLAIMS
-    for name, least in CLAIMS.items(): assert rows[name]["ratio"] >= least * SHORT.get(name, 1), rows[name]
+    claims = CLAIMS | (SWITCHES if "compiling_seconds" in record else {})
+    assert {name: r["at_least"] for name, r in rows.items() if r["at_least"]} == claims
+    if "compiling_seconds" in record:
+        assert ABLATION <= {variant for what, variant in rows if what == "POET-R50 step, 512 x 512"}
+        assert {"POET, float32", "POET, bf16", "Keypoint R-CNN, nobody"} <= {variant for what, variant in rows if what == "one image, 800 x 1066"}
+    for name, least in claims.items(): assert rows[name]["ratio"] >= least * SHORT.get(name, 1), rows[name]
     for r in record["comparisons"]:
         assert r["low"] <= r["ratio"] <= r["high"] and r["rounds"] >= 3 and r["seconds"] > 0
         assert np.isclose(r["reference_seconds"] / r["seconds"], r["ratio"], rtol=.3), r          # medians of ratios and of times tell the same story

@@ -535,7 +535,7 @@ def test_what_the_hub_is_asked_for_and_sent(monkeypatch, tmp_path, tiny):
     again = Poet.from_pretrained("owner/poet", revision="v1")
     assert again.config == override(tiny.config, **{"data.root": "faces"}), "a path of this machine stays here"
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in tiny.state_dict().items())
-    assert asked == [("owner/poet", "v1", ["config.json", "model.safetensors"])]
+    assert asked == [("owner/poet", "v1", ["config.json", "model.safetensors", "skeleton.json"])]
     assert torch.equal(build_poet(again.config, "owner/poet").class_embed.weight, tiny.class_embed.weight)
     with pytest.raises(CheckpointError, match="owner/none: no such file or folder here, and the hub does not give it .FileNotFoundError: 404: no such repository"): Poet.from_pretrained("owner/none")
     with pytest.raises(PoetError, match="stranger/poet: not sent.*PermissionError.*logged in"): tiny.push_to_hub("stranger/poet")

@@ -1,0 +1,195 @@
+"""Several processes train as one does: the same losses and weights, every image scored once, one writer, and a killed process is a restart."""
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from poet_nb.config import ConfigError, override, preset
+from poet_nb.engine import EpochBatches, fit
+from poet_nb.synth import SynthConfig, make_synth
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    "48 training and 10 validation scenes."
+    root = tmp_path_factory.mktemp("people")
+    for split, n in (("train2017", 48), ("val2017", 10)): make_synth(root, split, n=n, config=SynthConfig(), seed=3, workers=1, progress=False)
+    return root
+
+
+def small(root, **changes):
+    "A model for seconds, without dropout, in float32: what differs between one process and two is the order of sums alone."
+    return override(preset("poet_tiny"), **({
+        "data.root": str(root), "data.scales": [64], "data.max_size": 64, "data.eval_scale": 64, "data.crop_resize": [64, 80], "data.crop_size": [48, 80],
+        "data.pad_multiple": 64, "data.workers": 0, "model.hidden_dim": 32, "model.enc_layers": 1, "model.dec_layers": 2, "model.dim_feedforward": 32,
+        "train.batch_size": 8, "train.epochs": 4, "train.warmup_steps": 2, "train.device": "cpu", "train.pretrain_epochs": 0, "train.amp": "none",
+        "train.lr": 1e-3, "train.eval_every": 4, "train.ema_decay": .9} | changes))
+
+
+def launch(config, run, *more, processes=2, nodes=None, environment={}, script=None):
+    "`torchrun` with processes on this machine; the process object."
+    file = run.parent / f"{run.name}.json"
+    file.write_text(json.dumps(config.to_dict()))
+    where = nodes or ["--standalone"]
+    what = [script] if script else ["-m", "poet_nb.cli", "train", "--config", file, "--folder", run, "--quiet", *more]
+    words = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", processes, *what]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="lo") | environment
+    return subprocess.Popen([str(w) for w in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(job, seconds=150):
+    "Its output; the whole family is gone afterwards."
+    try: return job.communicate(timeout=seconds)[0]
+    finally:
+        try: os.killpg(job.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+
+
+def log_of(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b, tolerance):
+    "Do two logs tell the same losses?"
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for part in ("train", "val"):
+            for k, v in x.get(part, {}).items():
+                if "error" not in k: assert math.isclose(v, y[part][k], rel_tol=tolerance, abs_tol=tolerance), (x["epoch"], part, k, v, y[part][k])
+
+
+def test_batches_are_dealt_out(monkeypatch):
+    whole, parts = list(EpochBatches(30, 7, seed=1)), []
+    for me in range(3):
+        monkeypatch.setattr("poet_nb.engine.share_of", lambda batch: batch[len(batch) * me // 3:len(batch) * (me + 1) // 3])
+        parts.append(list(EpochBatches(30, 7, seed=1)))
+    assert [sum(three, []) for three in zip(*parts)] == whole and {len(p) for ps in parts for p in ps} == {2, 3}
+
+
+SGD = """
+import sys, torch
+from pathlib import Path
+import poet_nb.engine as engine
+from poet_nb.config import load_config
+torch.set_num_threads(1)
+def sgd(task, config, lr=None):
+    return torch.optim.SGD([dict(params=[p for p in task.parameters() if p.requires_grad], base_lr=config.train.lr)], lr=config.train.lr, momentum=.9)
+engine.make_optimizer = sgd
+engine.fit(load_config(CONFIG), Path(RUN), progress=False)
+"""
+
+
+def test_two_processes_are_one(people, tmp_path):
+    """24 steps: losses and weights to 1e-5. By gradient descent, because AdamW makes full steps out of gradients that are rounding errors around zero."""
+    config, jobs = small(people, **{"train.lr": .3, "train.lr_backbone": .3}), []
+    for n, run in ((1, "one"), (2, "two")):
+        script = tmp_path / f"{run}.py"
+        script.write_text(SGD.replace("CONFIG", repr(str(tmp_path / f"{run}.json"))).replace("RUN", repr(str(tmp_path / run))))
+        jobs.append(launch(config, tmp_path / run, processes=n, script=script))
+    said = [finish(job) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert two[-1]["step"] == 24 and two[-1]["train"]["loss"] < .95 * two[0]["train"]["loss"], "something is learnt"
+    same(one, two, 1e-5)
+    a, b = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["task"] for run in ("one", "two"))
+    assert a.keys() == b.keys() and max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-5
+
+
+def test_the_command_with_two_processes(people, tmp_path):
+    "The first steps are those of one process, every image is scored once and in the same order, one process writes."
+    config = small(people, **{"train.epochs": 2, "train.eval_every": 1})
+    torch.set_num_threads(1)
+    job = launch(config, tmp_path / "two")
+    alone = fit(config, tmp_path / "one", progress=False)
+    said = finish(job)
+    assert job.returncode == 0, said[-3000:]
+    together = log_of(tmp_path / "two")
+    same(alone[:1], together[:1], 1e-4); same(alone, together, 1e-2)
+    assert together[-1]["coco"]["images"] == 10 and json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    found = [json.loads((tmp_path / run / "predictions.json").read_text()) for run in ("one", "two")]
+    assert [r["image_id"] for r in found[0]] == [r["image_id"] for r in found[1]]
+
+
+def test_shares_that_are_not_equal_and_parts(people, tmp_path):
+    "A batch of 14 in 2 parts of 7: 3 images in one process, 4 in the other."
+    config = small(people, **{"train.batch_size": 14, "train.accumulate": 2, "train.epochs": 1, "train.eval_every": 1})
+    whole = override(config, **{"train.accumulate": 1})
+    job = launch(config, tmp_path / "two")
+    alone = fit(whole, tmp_path / "one", progress=False)
+    said = finish(job)
+    assert job.returncode == 0, said[-3000:]
+    same(alone, log_of(tmp_path / "two"), 1e-5)
+
+
+def test_more_processes_than_images_are_refused(people, tmp_path):
+    job = launch(small(people, **{"train.batch_size": 1}), tmp_path / "run")
+    said = finish(job)
+    assert job.returncode and said.count("poet: error: field train.batch_size: 1 images in 1 parts do not give each of 2 processes one") == 1, said[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
+BROKEN = '''
+import sys, torch
+from pathlib import Path
+import poet_nb.engine as engine
+from poet_nb.config import NonFiniteError, load_config
+from poet_nb.distributed import rank
+real = engine.PoetLoss.forward
+calls = 0
+def forward(self, samples, targets, *args, **kw):      # the fourth batch of process 1 is bad, in the forward pass; the sixth of process 0, in the loss
+    global calls
+    calls += 1
+    if calls == 4 and rank() == 1: raise NonFiniteError("made up")
+    out = real(self, samples, targets, *args, **kw)
+    return out | (dict(loss=out["loss"] * float("nan")) if calls == 6 and rank() == 0 else {})
+engine.PoetLoss.forward = forward
+log = engine.fit(load_config(sys.argv[1] if len(sys.argv) > 1 else CONFIG), Path(RUN), progress=False)
+assert len(log) == 1 and log[0]["train"]["loss"] > 0
+'''
+
+
+def test_a_bad_batch_in_one_process_is_left_out_by_all(people, tmp_path):
+    config, run = small(people, **{"train.epochs": 1, "train.batch_size": 6}), tmp_path / "run"
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.replace("CONFIG", repr(str(tmp_path / "run.json"))).replace("RUN", repr(str(run))))
+    job = launch(config, run, script=script)
+    said = finish(job)
+    assert job.returncode == 0, said[-3000:]
+    lines = [json.loads(line) for line in (run / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["batch"] for line in lines] == [3, 5] and all(len(set(line["images"])) == 6 for line in lines), "the images of both processes are named"
+
+
+def free_port():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+
+def test_two_machines_and_a_process_that_is_killed(people, tmp_path):
+    """Two agents that meet on loopback, one process each, train and evaluate; one process is killed in the middle and all go on from the checkpoint. The folder is seen by the main process only."""
+    config, port = small(people, **{"train.epochs": 3, "train.eval_every": 3, "train.checkpoint_minutes": 0.}), free_port()
+    meet = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--max-restarts", 2, "--monitor-interval", ".1"]
+    run = tmp_path / "run"
+    jobs = [launch(config, run, processes=1, nodes=meet) for _ in range(2)]
+    victim, limit = None, time.monotonic() + 90
+    while victim is None and time.monotonic() < limit: # a worker, as soon as there is something to go on from
+        time.sleep(.02)
+        if (run / "checkpoint.pt").exists():
+            children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(jobs[1].pid)], capture_output=True, text=True).stdout.splitlines()
+            victim = next((int(line.split()[0]) for line in children if "poet_nb.cli" in line or "train" in line), None)
+    assert victim, "no process was found to be killed"
+    before = (run / "environment.json").read_text()
+    os.kill(victim, signal.SIGKILL)
+    said = [finish(job) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], "\n=====\n".join(said)
+    log = log_of(run)
+    assert [line["epoch"] for line in log] == [1, 2, 3] and log[-1]["coco"]["images"] == 10 and (run / "environment.json").read_text() == before
+    torch.set_num_threads(1)
+    same(fit(config, tmp_path / "alone", progress=False), log, 1e-2)
