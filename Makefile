@@ -4,7 +4,7 @@
 #   PIP_ARGS=       more arguments for pip, e.g. an --extra-index-url with CPU builds of PyTorch
 #   NB=             notebooks meant by execute and tidy: numbers, names or globs ("05 20_matcher 5*"); default all
 #   ALL=1           execute cells flagged slow, gpu and data too
-#   JOBS=2          notebooks at once in figures and test
+#   JOBS=2          notebooks, or files of tests, at once
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -67,7 +67,7 @@ test-notebooks: install data
 	@$(SCRIPTS)/nbdev_test --n_workers $(JOBS) --do_print --timing
 
 test-python: install
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: install ## the tests marked slow: minutes, or data that is downloaded
 	@$(PY) -m pytest -m slow

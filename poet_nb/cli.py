@@ -34,7 +34,7 @@ from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
 from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, open_split
 from .poet import Poet, build_poet
-from .weights import categories_beside, start_from
+from .weights import categories_beside, find_weights, start_from
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
 from .distributed import is_main, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
@@ -331,7 +331,7 @@ def train_config(
     if args.config: config = load_config(args.config)
     elif args.preset: config = preset(args.preset)
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
-    elif args.init and args.init.is_dir(): config = load_config(args.init)
+    elif args.init and Path(args.init).is_dir(): config = load_config(args.init)
     else: config = preset("poet_tiny")
     return with_settings(config, args)
 
@@ -349,9 +349,12 @@ def check_resume(
 
 # %% ../nbs/33_cli.ipynb #14923517
 def weights_of(
-    source:Path, # run folder, or file of weights
+    source:str|Path, # run folder, file of weights, http(s) address, or "official"
+    stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # file of weights
-    "The file that holds a run's weights. Raises: CheckpointError."
+    "The file that holds some weights. Raises: CheckpointError."
+    if not Path(source).exists() and re.match(r"official$|https?://", str(source)): return find_weights(str(source), stride)
+    source = Path(source)
     file = source / "model.safetensors" if source.is_dir() else source
     if file.is_file(): return file
     if source.is_dir(): raise CheckpointError(f"{file}: there is no such file; a run writes it after its first evaluation (`poet train --run {source} --resume` goes on)")
@@ -378,7 +381,7 @@ def report_run(
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
          option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
-         option("--init", type=Path, metavar="RUN", help="start from the weights of this run folder or file"),
+         option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, or at this http(s) address, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
          _DATA, _SET, _DEVICE)
 def run_train(
@@ -390,7 +393,7 @@ def run_train(
     if is_main() and not was_restarted(): check_resume(args.run, args.resume)
     config, told = train_config(args), []
     device, d, t = usable_device(config.train.device), config.data, config.train
-    init = weights_of(args.init) if args.init else None
+    init = weights_of(args.init, config.model.stride) if args.init else None
     gone_on = args.resume and not (args.preset or args.config) and (args.run / "config.json").is_file() # with the run's own configuration
     data = find_data(config, [d.train, d.val])
     config, changed = adapt_model(config, data, set(sizes_of(data)) if gone_on else {word.partition("=")[0].replace("__", ".") for word in args.set})

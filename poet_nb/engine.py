@@ -381,7 +381,6 @@ def forward_all(state:RunState, samples, targets:list, counts:tuple, config:Conf
     error = None
     try:
         with autocast(config, samples.tensors.device): losses = state.parallel(samples, targets, *counts)
-        if not math.isfinite(losses["loss"].item()): raise _not_finite("loss", [(samples, targets)], losses)
     except NonFiniteError as e: error = e
     if any_of(error is not None): raise error or NonFiniteError("another process met a prediction or a cost that is not finite")
     return losses
@@ -401,10 +400,13 @@ def train_step(
             losses = forward_all(state, to_device(samples, device, config), targets, counts, config)
             state.scaler.scale(losses["loss"] / len(parts)).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach() / len(parts)
+    if state.scaler.is_enabled() and any_of(not math.isfinite(total["loss"].item())): raise _not_finite("loss", parts, total)
     state.scaler.unscale_(state.optimizer)
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"), foreach=True)
-    if not state.scaler.is_enabled() and not math.isfinite(norm.item()): raise _not_finite("gradient", parts, total)
+    if not state.scaler.is_enabled():
+        for what, value in zip(("loss", "gradient"), torch.stack((total["loss"].float(), norm.float())).tolist()): # both at once: the host waits for the device
+            if not math.isfinite(value): raise _not_finite(what, parts, total)
     state.scaler.step(state.optimizer); state.scaler.update()
     if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
         raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")

@@ -160,7 +160,7 @@ def test_how_often_a_step_waits_for_the_device():
     batch = bench.noise_batch(TINY, (64, 64), 2)
     train_step(state, [batch], TINY, CPU)
     with HostWaits(CPU) as waits: train_step(state, [batch], TINY, CPU)
-    assert waits.counts.pop("cpu") == 1 and sum(waits.counts.values()) <= 2, waits.counts
+    assert waits.counts.pop("cpu") == 1 and sum(waits.counts.values()) <= 1, waits.counts
 
 
 # ---- bench ----

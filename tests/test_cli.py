@@ -101,7 +101,7 @@ def test_version(poet): assert poet("--version") == (0, f"poet_nb {poet_nb.__ver
 
 def commands_in(text: str) -> list[str]:
     "What is called `poet ...` in a text, as far as it could be typed."
-    found = re.findall(r"(?:`|-m |^ *)poet(?:_nb\.cli)? ((?:data|train|eval|predict|figures|doctor)\b[^`#\n]*)", text, re.M)
+    found = re.findall(r"(?:`|-m |^ *)poet(?:_nb\.cli)? ((?:data|train|eval|predict|export|figures|bench|doctor)\b[^`#\n]*)", text, re.M)
     return [f.strip() for f in found if not re.search(r"[|<…]|\.\.\.", f) and len(f.split()) > 1 + f.startswith("data ")]
 
 
@@ -440,4 +440,4 @@ def test_as_a_program(tmp_path):
     "`python -m poet_nb.cli`, as torchrun starts it."
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POET_TRACEBACK": ""}
     done = subprocess.run([sys.executable, "-m", "poet_nb.cli", "predict", "nothing.jpg"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr == "poet: error: nothing.jpg: there is no such image, folder or pattern; is the path right?\n"
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == "poet: error: nothing.jpg: there is no such image, video, folder or pattern; is the path right?\n"

@@ -15,7 +15,7 @@ PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainCon
 PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "ae_r50"]
 FIELDS = [(part, f.name) for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
 KINDS = {(part, name): kind for part, cls in PARTS.items() for name, kind in typing.get_type_hints(cls).items()}
-CHOICES = {"stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
+CHOICES = {"unposed": ("person", "nobody"), "stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
            "matcher_norm": ("squared", "plain"), "schedule": ("step", "cosine"), "amp": ("none", "bf16", "fp16", "auto")}
 TOGETHER = {"hidden_dim": st.just(24), "nheads": st.sampled_from([1, 2, 3, 4, 6]), "batch_size": st.just(12), "accumulate": st.sampled_from([1, 2, 3, 4, 6, 12]),
             "crop_size": st.tuples(st.integers(1, 50), st.integers(50, 99)), "affine_scale": st.tuples(st.floats(.1, 1), st.floats(1, 2)),

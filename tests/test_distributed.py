@@ -104,6 +104,7 @@ def test_two_processes_are_one(people, tmp_path):
     assert a.keys() == b.keys() and max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_command_with_two_processes(people, tmp_path):
     "The first steps are those of one process, every image is scored once and in the same order, one process writes."
     config = small(people, **{"train.epochs": 2, "train.eval_every": 1})
@@ -119,6 +120,7 @@ def test_the_command_with_two_processes(people, tmp_path):
     assert [r["image_id"] for r in found[0]] == [r["image_id"] for r in found[1]]
 
 
+@pytest.mark.slow
 def test_shares_that_are_not_equal_and_parts(people, tmp_path):
     "A batch of 14 in 2 parts of 7: 3 images in one process, 4 in the other."
     config = small(people, **{"train.batch_size": 14, "train.accumulate": 2, "train.epochs": 1, "train.eval_every": 1})
@@ -175,7 +177,7 @@ def free_port():
 def test_two_machines_and_a_process_that_is_killed(people, tmp_path):
     """Two agents that meet on loopback, one process each, train and evaluate; one process is killed in the middle and all go on from the checkpoint. The folder is seen by the main process only."""
     config, port = small(people, **{"train.epochs": 3, "train.eval_every": 3, "train.checkpoint_minutes": 0.}), free_port()
-    meet = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--max-restarts", 2, "--monitor-interval", ".1"]
+    meet = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--max-restarts", 5, "--monitor-interval", ".1"]
     run = tmp_path / "run"
     jobs = [launch(config, run, processes=1, nodes=meet) for _ in range(2)]
     victim, limit = None, time.monotonic() + 90

@@ -569,3 +569,27 @@ def test_the_hubs_own_package_against_a_server_of_its_protocol(monkeypatch, tmp_
     with pytest.raises(CheckpointError, match="owner/none: .*the hub does not give it"): Poet.from_pretrained("owner/none")
     assert again.config == tiny.config and all(torch.equal(v, again.state_dict()[k]) for k, v in tiny.state_dict().items())
     assert not any(path.endswith("README.md") for path in asked), "only what a model needs is fetched"
+
+
+def test_train_starts_from_an_address(tmp_path, serve, monkeypatch):
+    "`poet train --init http://...`: downloaded once into the cache, then as any file."
+    from poet_nb import cli
+    from poet_nb.config import override, preset
+    from poet_nb.poet import Poet, save_weights
+    monkeypatch.setenv("POET_HOME", str(tmp_path / "home"))
+    asked, config = [], override(preset("poet_tiny"), **{"model.hidden_dim": 16, "model.nheads": 2, "model.enc_layers": 1, "model.dec_layers": 1, "model.dim_feedforward": 16})
+    save_weights(Poet(config), tmp_path / "small.safetensors")
+    content = (tmp_path / "small.safetensors").read_bytes()
+
+    def answer(request):
+        asked.append(request.command)
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if request.command == "GET": request.wfile.write(content)
+    address = serve(answer) + "/small.safetensors"
+    file = cli.weights_of(address)
+    assert file.read_bytes() == content and file.is_relative_to(tmp_path / "home")
+    assert cli.weights_of(address) == file and asked.count("GET") <= 2
+    cli.build_poet(config, file)
+    with pytest.raises(CheckpointError, match="official"): cli.weights_of(serve(lambda request: request.send_error(404)) + "/official.safetensors")
