@@ -36,7 +36,7 @@ from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, o
 from .poet import Poet, build_poet
 from .weights import categories_beside, find_weights, start_from
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
-from .distributed import is_main, was_restarted
+from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
 from .results import ResultsWriter
@@ -955,4 +955,4 @@ def run_doctor(
     return 2 if counts["error"] else 0
 
 # %% ../nbs/33_cli.ipynb #a35d38df
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): leave(main())

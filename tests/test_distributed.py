@@ -80,11 +80,13 @@ import sys, torch
 from pathlib import Path
 import poet_nb.engine as engine
 from poet_nb.config import load_config
+from poet_nb.distributed import leave
 torch.set_num_threads(1)
 def sgd(task, config, lr=None):
     return torch.optim.SGD([dict(params=[p for p in task.parameters() if p.requires_grad], base_lr=config.train.lr)], lr=config.train.lr, momentum=.9)
 engine.make_optimizer = sgd
 engine.fit(load_config(CONFIG), Path(RUN), progress=False)
+leave()
 """
 
 
@@ -144,7 +146,7 @@ import sys, torch
 from pathlib import Path
 import poet_nb.engine as engine
 from poet_nb.config import NonFiniteError, load_config
-from poet_nb.distributed import rank
+from poet_nb.distributed import leave, rank
 real = engine.PoetLoss.forward
 calls = 0
 def forward(self, samples, targets, *args, **kw):      # the fourth batch of process 1 is bad, in the forward pass; the sixth of process 0, in the loss
@@ -156,6 +158,7 @@ def forward(self, samples, targets, *args, **kw):      # the fourth batch of pro
 engine.PoetLoss.forward = forward
 log = engine.fit(load_config(sys.argv[1] if len(sys.argv) > 1 else CONFIG), Path(RUN), progress=False)
 assert len(log) == 1 and log[0]["train"]["loss"] > 0
+leave()
 '''
 
 
