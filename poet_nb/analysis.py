@@ -21,7 +21,7 @@ from .coco import CocoKeypoints
 from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
                                precision_recall, results_from_predictions)
 from .config import LossConfig, PoetError
-from .engine import autocast, compact, same_size_batches, to_device
+from .engine import compact, same_size_batches, to_device
 from .keypoints import oks, offsets_to_keypoints
 from .matcher import HungarianMatcher, pack_targets, stack_outputs
 from .poet import Poet, PostProcess
@@ -103,8 +103,7 @@ def _forward(model, data, batch, device):
     "Outputs and targets of the images `batch`."
     images, targets = zip(*(people_of(data, i) for i in batch))
     samples = pad_images([resize_for_model(image, model.config.data) for image in images], model.config.data.pad_multiple)
-    with autocast(model.config, device): outputs = model(to_device(samples, device, model.config))
-    return outputs, list(targets)
+    return model(to_device(samples, device, model.config)), list(targets)
 
 def _layer_predictions(outputs, targets):
     "For each layer a list of B predictions, earlier layers first."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
            'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device', 'find_data',
-           'sizes_of', 'check_data', 'adapt_model', 'train_config', 'check_resume', 'weights_of', 'report_run',
-           'run_train', 'load_run', 'layer_index', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission',
-           'run_eval', 'expand_sources', 'overlay_path', 'run_categories', 'run_skeleton', 'PredictJob',
-           'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict', 'model_named', 'run_export',
-           'find_checkout', 'figure_job', 'run_figures', 'run_bench_command', 'check_software', 'free_memory',
-           'check_precision', 'check_machine', 'check_split', 'check_datasets', 'check_dataset', 'check_run',
-           'check_runs', 'run_doctor']
+           'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config', 'check_resume', 'weights_of',
+           'report_run', 'run_train', 'load_run', 'layer_index', 'eval_model', 'score_run', 'unlabelled_images',
+           'write_submission', 'run_eval', 'expand_sources', 'overlay_path', 'run_categories', 'run_skeleton',
+           'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict', 'model_named',
+           'run_export', 'find_checkout', 'figure_job', 'run_figures', 'run_bench_command', 'check_software',
+           'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets', 'check_dataset',
+           'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -39,7 +39,7 @@ from .coco_eval import evaluate_keypoints, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
-from .results import ResultsWriter
+from .results import ResultsWriter, plain_categories
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, PredictOptions, download, is_url, layer_index as find_layer, load_image, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -299,15 +299,22 @@ def sizes_of(
     "How many joints and classes a model of these data has."
     return {"model.num_keypoints": data.skeleton.num_keypoints, "model.num_classes": len(data.category_ids)}
 
+def check_sizes(
+    config:Config,
+    data:CocoKeypoints,
+)->None:
+    "Raises: ConfigError where the model's joints or classes are not the data's."
+    for field, found in sizes_of(data).items():
+        own = getattr(config.model, field.removeprefix("model."))
+        if own != found: raise ConfigError(f"field {field}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {field}={found}")
+
 def check_data(
     config:Config,
     splits:list[str], # those that are needed
 )->CocoKeypoints: # the last of them
     "Open a dataset. Raises: DataError, ConfigError where the model's joints or classes are not the data's."
     data = find_data(config, splits)
-    for field, found in sizes_of(data).items():
-        own = getattr(config.model, field.removeprefix("model."))
-        if own != found: raise ConfigError(f"field {field}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {field}={found}")
+    check_sizes(config, data)
     return data
 
 # %% ../nbs/33_cli.ipynb #cca9a703
@@ -397,7 +404,7 @@ def run_train(
     gone_on = args.resume and not (args.preset or args.config) and (args.run / "config.json").is_file() # with the run's own configuration
     data = find_data(config, [d.train, d.val])
     config, changed = adapt_model(config, data, set(sizes_of(data)) if gone_on else {word.partition("=")[0].replace("__", ".") for word in args.set})
-    check_data(config, [d.val])
+    check_sizes(config, data)
     if init: told = start_from(init, config, data.categories)[1]
     if not args.quiet and changed: print(changed)
     if not args.quiet and told: print(f"{init}: everything taken over but new ones for " + "; ".join(told))
@@ -553,9 +560,7 @@ def run_categories(
     "What a run predicts, by its skeleton.json; without one COCO's person for 17 joints, else joints without limbs. Raises: DataError, ConfigError."
     config = run if isinstance(run, Config) else load_config(run)
     if run is not config and (kept := categories_beside(run / "model.safetensors", config)): return kept
-    K, C = config.model.num_keypoints, config.model.num_classes
-    one = COCO_PERSON if K == COCO_PERSON.num_keypoints else Skeleton("creature", tuple(f"joint_{k}" for k in range(K)), (), (), (DEFAULT_SIGMA,) * K)
-    return [replace(one, name=one.name if C == 1 else f"{one.name} {i}").to_category(i) for i in range(1, C + 1)]
+    return plain_categories(config.model.num_keypoints, config.model.num_classes)
 
 def run_skeleton(
     run:Path|Config, # as for `run_categories`

@@ -457,12 +457,14 @@ def open_coco(
 def open_split(
     config:DataConfig, # root, categories, sigmas
     split:str,         # its name
+    root:str|Path|None=None, # where the data are now; None: where the configuration says
     **kwargs,          # of `CocoKeypoints`
 )->CocoKeypoints:
     "Open a split as a configuration asks. Raises: DataError."
-    beside = Path(config.root) / "annotations" / config.sigmas
+    root = config.root if root is None else root
+    beside = Path(root) / "annotations" / config.sigmas
     sigmas = read_sigmas(beside if not Path(config.sigmas).is_file() and beside.is_file() else config.sigmas) if config.sigmas else None
-    return open_coco(config.root, split, category=list(config.categories) or None, sigmas=sigmas, **kwargs)
+    return open_coco(root, split, category=list(config.categories) or None, sigmas=sigmas, **kwargs)
 
 def check_alike(
     train:CocoKeypoints,

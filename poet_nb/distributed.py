@@ -11,6 +11,7 @@ import os, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -136,8 +137,9 @@ def in_parallel(
 )->nn.Module: # to be called instead of `task`; the weights are the same tensors
     "A task whose backward pass averages gradients over all processes; alone, the task itself."
     if world_size() == 1: return task
-    live = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
-    return nn.parallel.DistributedDataParallel(task, find_unused_parameters=some_unused, broadcast_buffers=live)
+    live, ddp = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules()), nn.parallel.DistributedDataParallel
+    synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers" # its name before PyTorch 2.14
+    return ddp(task, find_unused_parameters=some_unused, **{synced: live})
 
 @contextmanager
 def averaging(

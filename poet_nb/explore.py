@@ -37,7 +37,7 @@ from .config import Config, DataError, LossConfig, PoetError, load_config
 from .keypoints import COCO_PERSON, Skeleton, oks
 from .plot import PALETTE, overlay_poses, paper_style, person_color, read_metrics
 from .synth import SynthConfig, render_scene
-from .coco import open_coco
+from .coco import open_split
 from .transforms import shortest_side
 from .poet import Poet, PostProcess, build_poet
 from .matcher import PREDICTIONS, assign, class_cost, pack_targets, pose_cost, stack_outputs
@@ -324,7 +324,7 @@ def open_images(
     "Open validation images, or draw some."
     K, data, drawn = config.model.num_keypoints, None, 0
     try:
-        data = open_coco(root, config.data.val)
+        data = open_split(config.data, config.data.val, root)
         if data.skeleton.num_keypoints != K: raise DataError(f"{root}: people have {data.skeleton.num_keypoints} joints, the model predicts {K}")
         if not len(data): raise DataError(f"{root}: has no image")
         return data, 0, ""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'AXES', 'OPSETS', 'TOLERANCE', 'CHECKED', 'bake_batchnorm', 'outside', 'DeployedPoet', 'describe',
-           'understand', 'trace', 'check_target', 'export_program', 'export_onnx', 'run_window', 'ExportedPoet',
-           'load_program', 'load_onnx', 'check_export']
+           'understand', 'trace', 'check_target', 'export_program', 'export_onnx', 'ExportedPoet', 'load_program',
+           'load_onnx', 'check_export']
 
 # %% ../nbs/32c_export.ipynb #dd77304e
 import copy, io, json, logging, os, warnings
@@ -13,24 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import FoldedConv2d, fold_batchnorm, freeze_batchnorm
 from .config import CheckpointError, Config, ConfigError, DataConfig, PoetError, config_from_dict, write_atomic
-from .engine import same_size_batches
 from .keypoints import Skeleton, offsets_to_keypoints
 from .poet import Poet
 from .position_encoding import sine_positions
-from .predict import categories_of, iter_images, load_image, resize_for_model
-from .results import Predictions, image_entry
-from .transforms import NestedTensor, normalize, pad_images
+from .predict import PredictOptions, best_first, categories_of, collect, stream_answers
+from .results import Predictions
+from .transforms import NestedTensor, normalize
 from .weights import portable
 
 # %% ../nbs/32c_export.ipynb #1d55472b
@@ -199,23 +197,6 @@ def export_onnx(
     _write(path, proto.SerializeToString())
     return path
 
-# %% ../nbs/32c_export.ipynb #95c9d73b
-def run_window(
-    run:Callable,         # images, sizes -> scores, labels, keypoints in fractions
-    window:list[Tensor],  # (3, H, W) uint8 images
-    data:DataConfig,      # sizes
-    batch_size:int,       # images a call
-)->list[dict]: # per image scores (Q,), labels (Q,), keypoints (Q, K, 3) in its pixels, best first
-    "Every query of some images."
-    inputs, found = [resize_for_model(image, data) for image in window], {}
-    for rows in same_size_batches([tuple(x.shape) for x in inputs], batch_size):
-        batch = pad_images([inputs[i] for i in rows], data.pad_multiple, tuple(max(side, SMALLEST) for side in inputs[rows[0]].shape[1:]))
-        for i, scores, labels, keypoints in zip(rows, *run(batch.tensors.contiguous(), batch.sizes())):
-            order = scores.argsort(descending=True, stable=True)
-            keypoints = keypoints * torch.tensor([window[i].shape[2], window[i].shape[1], 1.])
-            found[i] = dict(scores=scores[order], labels=labels[order], keypoints=keypoints[order])
-    return [found[i] for i in range(len(window))]
-
 # %% ../nbs/32c_export.ipynb #ef096455
 @dataclass(frozen=True)
 class ExportedPoet:
@@ -232,14 +213,13 @@ class ExportedPoet:
         data:DataConfig|None=None, # sizes; None: those the model was made for
     )->Predictions: # per image scores (N,), labels (N,), keypoints (N, K, 3) in its pixels, best first
         "Poses in images of any kind, as `poet_nb.predict.predict`."
-        if batch_size < 1: raise PoetError(f"batch_size must be at least 1, not {batch_size}")
-        stream, found, entries = iter_images(images), [], []
-        while ahead := list(islice(stream, 4 * batch_size)):
-            window = [load_image(image) for _, image in ahead]
-            for (name, _), image, all_queries in zip(ahead, window, run_window(self.run, window, data or self.config.data, batch_size)):
-                entries.append(image_entry(len(entries) + 1, name, image.shape[1:]))
-                found.append({k: v[all_queries["scores"] >= threshold] for k, v in all_queries.items()})
-        return Predictions(found, entries, self.categories)
+        return collect(stream_answers(self.people, images, data or self.config.data, PredictOptions(threshold, batch_size)), self.categories)
+
+    def people(self, samples:NestedTensor, sizes:Tensor)->list[dict]:
+        "Every query of a batch, in pixels of the original (height, width) `sizes`, best first."
+        height, width = (max(SMALLEST - side, 0) for side in samples.tensors.shape[2:])
+        answers = zip(sizes, *self.run(F.pad(samples.tensors, (0, width, 0, height)).contiguous(), samples.sizes()))
+        return [best_first(dict(scores=s, labels=l, keypoints=k * torch.tensor([w, h, 1.]))) for (h, w), s, l, k in answers]
 
 # %% ../nbs/32c_export.ipynb #50e2d65d
 def _is_file(path):

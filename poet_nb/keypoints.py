@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PERSON_KEYPOINTS', 'OKS_SIGMAS', 'DEFAULT_SIGMA', 'COCO_PERSON', 'Skeleton', 'estimate_sigma', 'read_sigmas',
            'skeleton_from_category', 'skeleton_to_category', 'save_categories', 'load_categories', 'visibility_mask',
-           'keypoint_centers', 'keypoints_to_offsets', 'offsets_to_keypoints', 'decode_poses', 'encode_poses', 'oks']
+           'keypoint_centers', 'keypoints_to_offsets', 'offsets_to_keypoints', 'decode_poses', 'encode_poses',
+           'pose_slots', 'oks']
 
 # %% ../nbs/01_keypoints.ipynb #c0c22377
 import json, math, re
@@ -209,6 +210,13 @@ def encode_poses(
     "Pack poses into the head's vector; the inverse of `decode_poses`."
     joints = torch.cat([(offsets + 1) / 2, visibility[..., None]], -1)
     return torch.cat([centers, joints.flatten(-2)], -1)
+
+# %% ../nbs/01_keypoints.ipynb #16e3d567
+def pose_slots(
+    num_keypoints:int, # K
+)->Tensor: # (K, 3) int64
+    "Where dx, dy and v of each joint are in the head's vector."
+    return torch.arange(2 + 3 * num_keypoints)[2:].unflatten(-1, (-1, 3))
 
 # %% ../nbs/01_keypoints.ipynb #050927fb
 def oks(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DOWNLOAD_LIMIT', 'IMAGE_SUFFIXES', 'is_url', 'url_name', 'download', 'load_image', 'list_images', 'iter_images',
-           'resize_for_model', 'layer_index', 'predict_batch', 'PredictOptions', 'stream_predictions',
-           'iter_predictions', 'categories_of', 'predict', 'even_threshold', 'draw_predictions']
+           'resize_for_model', 'layer_index', 'best_first', 'predict_batch', 'PredictOptions', 'stream_answers',
+           'stream_predictions', 'iter_predictions', 'collect', 'categories_of', 'predict', 'even_threshold',
+           'draw_predictions']
 
 # %% ../nbs/32_predict.ipynb #48118eb6
 import mimetypes, os, re, tempfile
@@ -140,6 +141,14 @@ def layer_index(
     if not 1 <= layer <= config.model.dec_layers: raise ConfigError(f"layer {layer}: this model has decoder layers 1 to {config.model.dec_layers}")
     return layer - 1
 
+# %% ../nbs/32_predict.ipynb #dc62da47
+def best_first(
+    prediction:dict, # scores (Q,), and other tensors (Q, ...)
+)->dict:
+    "The same, sorted by score."
+    order = prediction["scores"].argsort(descending=True, stable=True)
+    return {k: v[order] for k, v in prediction.items()}
+
 # %% ../nbs/32_predict.ipynb #1cf15f84
 @torch.no_grad()
 def predict_batch(
@@ -154,9 +163,7 @@ def predict_batch(
     ask = (method_of(config) if config else PoetMethod).people(model, layer_index(layer, config))
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32)):
         found = ask(normalize(samples, dtype=next(model.parameters()).dtype), sizes)
-    found = [{k: v.cpu() for k, v in image.items()} for image in found]
-    order = [image["scores"].argsort(descending=True, stable=True) for image in found]
-    return [{k: v[o] for k, v in image.items()} for image, o in zip(found, order)]
+    return [best_first({k: v.cpu() for k, v in image.items()}) for image in found]
 
 # %% ../nbs/32_predict.ipynb #e2d9be25
 @dataclass(frozen=True)
@@ -185,16 +192,31 @@ def _read_window(window, data, on_bad):
     return shots
 
 # %% ../nbs/32_predict.ipynb #2d6cf5f3
-def _predict_window(model, shots, options, data, device):
-    "Predictions of what `_read_window` has read, all queries, in its order."
+def _answer_window(ask, shots, batch_size, data):
+    "What `ask` says of what `_read_window` has read, all queries, in its order."
     found = {}
-    for batch in same_size_batches([tuple(image.shape) for *_, image in shots], options.batch_size):
-        samples = pad_images([shots[i][3] for i in batch], data.pad_multiple).to(device)
-        found |= dict(zip(batch, predict_batch(model, samples, torch.tensor([shots[i][2] for i in batch]), options.dtype, options.layer)))
+    for batch in same_size_batches([tuple(image.shape) for *_, image in shots], batch_size):
+        found |= dict(zip(batch, ask(pad_images([shots[i][3] for i in batch], data.pad_multiple), torch.tensor([shots[i][2] for i in batch]))))
     for i, prediction in found.items():
         if not all(v.isfinite().all() for v in prediction.values()):
             raise NonFiniteError(f"{shots[i][0]}: the model predicts NaN or infinity; are its weights damaged?")
     return [found[i] for i in range(len(shots))]
+
+# %% ../nbs/32_predict.ipynb #25b68afa
+def stream_answers(
+    ask:Callable, # (NestedTensor of bytes, (B, 2) original sizes) -> a prediction an image, all queries, on the CPU
+    images, # anything `iter_images` reads
+    data:DataConfig, # sizes
+    options:PredictOptions=PredictOptions(), # threshold and batch size
+    window:int|None=None, # see `stream_predictions`
+    on_bad:Callable|None=None, # see `stream_predictions`
+)->Iterator[tuple[str, object, tuple[int, int], dict]]: # name, image as it was given, its (height, width), prediction
+    "Read, resize and batch images for anything that predicts: a model here, an exported file in notebook 32c."
+    stream = iter_images(images)
+    while ahead := list(islice(stream, window or 4 * options.batch_size)):
+        shots = _read_window(ahead, data, on_bad)
+        for (name, source, size, _), found in zip(shots, _answer_window(ask, shots, options.batch_size, data)):
+            yield name, source, size, {k: v[found["scores"] >= options.threshold] for k, v in found.items()}
 
 # %% ../nbs/32_predict.ipynb #4d9912de
 def stream_predictions(
@@ -207,13 +229,9 @@ def stream_predictions(
     "Predict image by image, with what is needed to draw or to write down the result."
     data = options.data or getattr(getattr(model, "config", None), "data", None) or DataConfig()
     if options.device is not None: model.to(options.device)
-    at, training, stream = next(model.parameters()).device, model.training, iter_images(images)
+    at, training = next(model.parameters()).device, model.training
     model.eval()
-    try:
-        while ahead := list(islice(stream, window or 4 * options.batch_size)):
-            shots = _read_window(ahead, data, on_bad)
-            for (name, source, size, _), found in zip(shots, _predict_window(model, shots, options, data, at)):
-                yield name, source, size, {k: v[found["scores"] >= options.threshold] for k, v in found.items()}
+    try: yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer), images, data, options, window, on_bad)
     finally: model.train(training)
 
 # %% ../nbs/32_predict.ipynb #49fab6c7
@@ -230,6 +248,15 @@ def iter_predictions(
     "Predict image by image, for folders of any length."
     options = PredictOptions(threshold, batch_size, device, dtype, data, layer)
     return ((name, found) for name, _, _, found in stream_predictions(model, images, options))
+
+# %% ../nbs/32_predict.ipynb #4a6149fe
+def collect(
+    stream,                     # of `stream_predictions`
+    categories:list[dict]|None, # one a label; None: not known
+)->Predictions:
+    "All predictions of a stream, with names and sizes of their images."
+    found = [(image_entry(number, name, size), prediction) for number, (name, _, size, prediction) in enumerate(stream, 1)]
+    return Predictions([p for _, p in found], [entry for entry, _ in found], categories)
 
 # %% ../nbs/32_predict.ipynb #7ca65c5d
 def categories_of(
@@ -251,11 +278,7 @@ def predict(
     layer:int|None=None, # decoder layer, from 1; None: the last
 )->Predictions: # a list; per image a dict scores (N,), labels (N,), keypoints (N, K, 3) in its pixels: x, y, visibility in [0, 1]
     "Poses in images of any kind: torchvision's convention for keypoint detectors, with `to_coco()` and `to_dataframe()`."
-    options, found, entries = PredictOptions(threshold, batch_size, device, dtype, data, layer), [], []
-    for name, _, size, prediction in stream_predictions(model, images, options):
-        entries.append(image_entry(len(entries) + 1, name, size))
-        found.append(prediction)
-    return Predictions(found, entries, categories_of(model))
+    return collect(stream_predictions(model, images, PredictOptions(threshold, batch_size, device, dtype, data, layer)), categories_of(model))
 
 # %% ../nbs/32_predict.ipynb #9fbcf5d0
 def even_threshold(

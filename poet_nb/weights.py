@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from .config import CheckpointError, Config, DataError, LossConfig, PoetError, load_config, override, preset, save_config
-from .keypoints import PERSON_KEYPOINTS, load_categories, save_categories
+from .keypoints import PERSON_KEYPOINTS, load_categories, pose_slots, save_categories
 from .coco import Source, fetch, file_sha256
 from .backbone import BACKBONES, SlimResNet, load_state_file, read_weights, state_of
 from .poet import Poet, fit_state, new_network, save_weights
@@ -360,8 +360,8 @@ def transplant(
     fresh, told = [k for k in range(b.num_keypoints) if k not in pairs], []
     for name in ("kpt_embed.layers.2.weight", "kpt_embed.layers.2.bias"):
         rows = own[name].clone()
-        rows[:2] = state[name][:2]
-        for k, j in pairs.items(): rows[2 + 3*k:5 + 3*k] = state[name][2 + 3*j:5 + 3*j]
+        rows[:2] = state[name][:2]                                                       # the centre
+        for k, j in pairs.items(): rows[pose_slots(b.num_keypoints)[k]] = state[name][pose_slots(a.num_keypoints)[j]]
         state[name] = rows
     if fresh: told.append(f"pose head: {len(fresh)} of {b.num_keypoints} joints" + (f" ({', '.join(new[k] for k in fresh[:6])}{', ...' * (len(fresh) > 6)})" if new else ""))
     if a.num_classes != b.num_classes:

@@ -26,6 +26,32 @@ def coco_mini() -> Path:
 
 
 @pytest.fixture
+def one_thread():
+    "Sums that repeat, and no fight over the cores; a file of tests asks for it with `pytestmark`."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poet(capfd, monkeypatch, tmp_path):
+    "poet(words): (exit code, standard output, standard error) of the program, in an empty folder; never a traceback."
+    from poet_nb import cli
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("POET_TRACEBACK", raising=False)
+
+    def call(*words):
+        capfd.readouterr()
+        code = cli.main([str(w) for w in words])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+    return call
+
+
+@pytest.fixture
 def close_figures():
     "Figures that a test leaves open are closed behind it."
     yield

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poet_nb import bench, cli, switches
-from poet_nb.buckets import bucket_order, padded_size
+from poet_nb.buckets import bucket_order
 from poet_nb.config import ConfigError, override, preset
 from poet_nb.engine import fit, new_model, start_phase, train_loader, train_step
 from poet_nb.switches import HostWaits, compile_parts, has_compiler
@@ -24,13 +24,7 @@ TINY = override(preset("poet_tiny"), **{"model.hidden_dim": 16, "model.nheads": 
                                         "data.crop_size": [48, 96], "data.pad_multiple": 32})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums that repeat."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +77,6 @@ def test_a_stopped_run_with_buckets_goes_on_as_if_nothing_had_happened(data, tmp
     assert len(stopped) == 1
     resumed = fit(config, tmp_path / "parts", resume=True, progress=False)
     assert [line["train"] for line in resumed] == [line["train"] for line in whole] and [line["val"] for line in resumed] == [line["val"] for line in whole]
-
-
-@given(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), st.integers(1, 512))
-def test_padded_sizes_are_the_smallest_multiples(size, multiple_of):
-    for side, padded in zip(size, padded_size(size, multiple_of)): assert padded % multiple_of == 0 and 0 <= padded - side < multiple_of
 
 
 # ---- switches ----

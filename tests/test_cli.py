@@ -27,13 +27,7 @@ TINY = shlex.split("model.hidden_dim=16 model.nheads=2 model.enc_layers=1 model.
                    "train.pretrain_epochs=0 train.batch_size=4 train.amp=none train.ema_decay=0 train.device=cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums that repeat, and no fight over the cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +44,6 @@ def trained(data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "trained"
     assert cli.main(["train", "--run", str(run), "--data", str(data), "--quiet", "--set", "train.epochs=2", *TINY]) == 0
     return run
-
-
-@pytest.fixture
-def poet(capfd, monkeypatch, tmp_path):
-    "poet(words): (exit code, standard output, standard error), in an empty folder; never a traceback."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("POET_TRACEBACK", raising=False)
-    capfd.readouterr()
-    def call(*words):
-        code = cli.main([str(w) for w in words])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-    return call
 
 
 def refused(result, *parts) -> str:

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
-from poet_nb.config import ConfigError, override, preset
+from poet_nb import cli
+from poet_nb.config import override, preset
+from poet_nb.distributed import share_of
 from poet_nb.engine import EpochBatches, fit
 from poet_nb.synth import SynthConfig, make_synth
 
@@ -70,9 +74,21 @@ def same(a, b, tolerance):
 def test_batches_are_dealt_out(monkeypatch):
     whole, parts = list(EpochBatches(30, 7, seed=1)), []
     for me in range(3):
-        monkeypatch.setattr("poet_nb.engine.share_of", lambda batch: batch[len(batch) * me // 3:len(batch) * (me + 1) // 3])
+        monkeypatch.setattr("poet_nb.engine.share_of", lambda batch: share_of(batch, me, 3))
         parts.append(list(EpochBatches(30, 7, seed=1)))
     assert [sum(three, []) for three in zip(*parts)] == whole and {len(p) for ps in parts for p in ps} == {2, 3}
+
+
+def test_commands_of_the_notebook_are_understood():
+    "By torchrun, which takes the beginning of an option's name for the option, and by the program."
+    text = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/30b_distributed.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    lines = [line for line in text.replace("\\\n", " ").replace("$resume", "--resume").splitlines() if line.startswith(("torchrun --", "srun torchrun --"))]
+    assert len(lines) == 3
+    for line in lines:
+        run = get_args_parser().parse_args(shlex.split(line.removeprefix("srun "))[1:])
+        assert (run.training_script, run.module, run.max_restarts) == ("poet_nb.cli", True, 3)
+        args = cli.make_parser().parse_args(run.training_script_args)
+        assert args.run == Path("data/runs/coco") and args.preset == "poet_r50", line
 
 
 SGD = """

@@ -60,12 +60,7 @@ def small(root, kind="dropout", **changes) -> Config:
     return override(preset("poet_tiny"), **(SMALL | KINDS[kind] | {"data.root": str(root)} | changes))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,7 @@ THIN = override(preset("poet_r50"), **{"model.backbone": "resnet18", "model.hidd
 SHAPES = [(1, 33, 33), (1, 64, 64), (2, 97, 50), (3, 128, 224), (5, 45, 160), (1, 400, 300), (2, 353, 1066)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums that repeat, and no fight over the cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

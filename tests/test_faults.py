@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -29,13 +28,13 @@ from torch.utils.data import get_worker_info
 from conftest import person
 from poet_nb import cli, coco, engine
 from poet_nb.coco import image_target, index_coco, read_image
-from poet_nb.config import DataError, NonFiniteError, PoetError, WorkerError, load_config, override, preset, save_config
+from poet_nb.config import DataError, PoetError, load_config, override, preset, save_config
 from poet_nb.engine import fit, read_checkpoint, restore, save_checkpoint, train_step
 from poet_nb.keypoints import COCO_PERSON
-from poet_nb.synth import SynthConfig, make_synth
-from test_engine import CPU, copied, difference, left_by, one_thread, runs, scenes, small, without_times  # noqa: F401
+from poet_nb.synth import make_synth
+from test_engine import CPU, copied, difference, left_by, runs, scenes, small, without_times  # noqa: F401
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*outside their image:UserWarning"), pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*outside their image:UserWarning"), pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /dev/full")
 
 
@@ -246,20 +245,6 @@ def test_a_bug_in_a_loader_process_stays_a_bug():
 
 # ---- a full disk --------------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def poet(capfd, monkeypatch, tmp_path):
-    "poet(words): (exit code, standard error), in an empty folder; never a traceback."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("POET_TRACEBACK", raising=False)
-    def call(*words):
-        capfd.readouterr()
-        code = cli.main([str(w) for w in words])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, err
-    return call
-
-
 @linux
 @pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "model.safetensors",
                                   *(pytest.param(n, marks=pytest.mark.slow) for n in ("environment.json", "predictions.json"))])
@@ -274,7 +259,7 @@ def test_a_disk_that_is_full_is_named_and_the_run_goes_on(hurried, tmp_path, poe
     with monkeypatch.context() as m:
         if name in ("config.json", "environment.json"): trap.symlink_to("/dev/full")
         else: m.setattr(engine, "train_epoch", lambda state, *args: lay(state, *args) if state.phase == "poet" and not trap.is_symlink() else epoch(state, *args))
-        code, err = poet("train", "--run", run, "--config", wanted, "--quiet")
+        code, _, err = poet("train", "--run", run, "--config", wanted, "--quiet")
     assert (code, err) == (2, f"poet: error: {run / name}: no space left on this disk; make room and give the same command again\n")
     assert not list(run.glob(".*")) and (readable(run) is None) == (name in ("config.json", "environment.json")), "no litter, and nothing that was there is lost"
     assert poet("train", "--run", run, "--quiet", *words_for(run, wanted))[0] == 0
@@ -344,7 +329,7 @@ def test_out_of_memory_tells_the_size_of_the_batch_and_three_settings(scenes, tm
     with monkeypatch.context() as m:
         if where == "forward": m.setattr(engine.PoetLoss, "forward", greedy)
         else: m.setattr(engine.PostProcess, "forward", greedy)
-        code, err = poet("train", "--run", "run", "--config", "wanted.json", "--quiet")
+        code, _, err = poet("train", "--run", "run", "--config", "wanted.json", "--quiet")
     assert code == 2 and len(err.splitlines()) == 1
     for part in ("4 images, padded to 48 x 48 pixels", "train.accumulate=2", "train.amp=bf16", "data.max_size"): assert part in err
 
@@ -437,14 +422,14 @@ def test_bad_images_of_every_kind_cost_training_nothing_but_themselves(scenes, t
     kinds = [k for k in BAD_IMAGES if k not in ("half", "bomb that PIL refuses itself")]
     for path, kind in zip(bad, kinds, strict=True): BAD_IMAGES[kind][0](path)
     save_config(small(root, **{"train.pretrain_epochs": 0, "train.epochs": 1, "train.batch_size": 13}), tmp_path / "wanted.json")
-    code, err = poet("train", "--run", "run", "--config", "wanted.json", "--quiet")
+    code, _, err = poet("train", "--run", "run", "--config", "wanted.json", "--quiet")
     assert code == 0 and f"11 unreadable training images were skipped, first {bad[0]}" in err and len(err.splitlines()) == 1
     line = json.loads(Path("run/metrics.jsonl").read_text())
     assert line["skipped"] == list(map(str, bad)) and math.isfinite(line["train"]["loss"])
     for kind in ("truncated", "claims gigapixels"):
         image = Path(shutil.copy(scenes / "val2017/000000000002.jpg", root / "val2017"))
         BAD_IMAGES[kind][0](image)
-        code, err = poet("eval", "--run", "run", "--quiet")
+        code, _, err = poet("eval", "--run", "run", "--quiet")
         assert code == 2 and str(image) in err and BAD_IMAGES[kind][1] in err and len(err.splitlines()) == 1
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from poet_nb import cli, predict as prediction, results, video
+from poet_nb import cli, results, video
 from poet_nb.config import ConfigError, DataConfig, DataError, ModelConfig, PoetError, preset, replace
 from poet_nb.poet import build_poet
 from poet_nb.predict import PredictOptions, download, load_image, stream_predictions, url_name
@@ -29,13 +29,7 @@ SMALL = replace(preset("poet_tiny"), model=ModelConfig(backbone="resnet_tiny", s
                 data=DataConfig(scales=(64,), eval_scale=64, max_size=96, pad_multiple=16))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums that repeat, and no fight over the cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +42,9 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def poet(capfd, monkeypatch, tmp_path, run):
-    "poet(words): (exit code, standard output, standard error), in an empty folder; never a traceback. Predictions are those of the small run, without bars."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("POET_TRACEBACK", raising=False)
-    capfd.readouterr()
-    def call(name, *words):
-        code = cli.main([name, *(str(w) for w in words), "--run", str(run), "--quiet"])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-    return call
+def poet(poet, run):
+    "`poet` with predictions of the small run, without bars."
+    return lambda name, *words: poet(name, *words, "--run", run, "--quiet")
 
 
 def picture(seed=0, height=48, width=64): return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -24,13 +24,7 @@ SIDES = [f"{side}_{part}" for part in ("eye", "ear", "paw") for side in ("left",
 NAMES = {4: ["head", "neck", "middle", "end"], 20: ["nose", "tail", *SIDES, *(f"spine{k}" for k in range(12))], 38: [f"p{k}" for k in range(38)]}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums that repeat, and no fight over the cores."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def category(K: int, id: int = 3, name: str = "beast", **more) -> dict:
@@ -59,18 +53,9 @@ def make(root: Path, categories: list[dict], images: int = 8) -> Path:
 
 
 @pytest.fixture
-def poet(capfd, monkeypatch, tmp_path):
-    "poet(line): (exit code, standard output, standard error), in an empty folder; never a traceback."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("POET_TRACEBACK", raising=False)
-
-    def call(line, *more):
-        capfd.readouterr()
-        code = cli.main([*shlex.split(line), *map(str, more)])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-    return call
+def poet(poet):
+    "poet(line): the words of a line, and more."
+    return lambda line, *more: poet(*shlex.split(line), *more)
 
 
 def done(result) -> str:

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from poet_nb.config import ConfigError, DataConfig, DataError, preset
 from poet_nb.keypoints import COCO_PERSON, Skeleton
-from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomCrop, RandomFlip, RandomResize, RandomRotation, collate,
+from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomCrop, RandomFlip, RandomResize, RandomRotation, batch_size, collate,
                                 eval_transforms, flip_matrix, image_generator, normalize, pad_images, rotation_matrix, scale_matrix,
                                 shift_matrix, shortest_side, to_fractions, train_transforms, warp_image, warp_pixels, warp_points, warp_target)
 
@@ -344,3 +344,8 @@ def test_real_images_augment(split):
                 check(*samples[-1], tuple(target["orig_size"].tolist()))
         batch, targets = collate(samples[:8], multiple_of=32)
         assert batch.sizes().tolist() == [t["size"].tolist() for t in targets]
+
+
+@given(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), st.integers(1, 512))
+def test_the_sides_of_a_batch_are_the_smallest_multiples(size, multiple_of):
+    for side, padded in zip(size, batch_size([size], multiple_of)): assert padded % multiple_of == 0 and 0 <= padded - side < multiple_of
