@@ -170,7 +170,7 @@ def export_program(
     return path
 
 # %% ../nbs/32c_export.ipynb #a8d19296
-OPSETS = range(18, 24) # those that PyTorch's translator writes
+OPSETS = range(18, 23) # those that PyTorch's translator writes, but for 23: ONNX Runtime's attention refuses what it is given there (1.32)
 
 def _need(package, path):
     "An optional package, or a PoetError that says how to get it."
@@ -185,7 +185,7 @@ def export_onnx(
     opset:int=OPSETS[0],             # version of ONNX's list of operations
 )->Path:
     "Write a model in ONNX's format, checked. Raises: ConfigError, PoetError."
-    if opset not in OPSETS: raise ConfigError(f"opset {opset}: PyTorch writes {OPSETS[0]} to {OPSETS[-1]}; most runtimes read {OPSETS[0]}")
+    if opset not in OPSETS: raise ConfigError(f"opset {opset}: tested are {OPSETS[0]} to {OPSETS[-1]}; most runtimes read {OPSETS[0]}")
     path, props = check_target(path), describe(model.config, categories or categories_of(model))
     onnx, _ = _need("onnx", path), _need("onnxscript", path)
     with _quiet():
