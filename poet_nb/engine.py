@@ -437,13 +437,16 @@ def evaluate(
     truth=None,                     # KeypointGroundTruth of the split, to save parsing it again
     layer:int=-1,                   # decoder layer whose predictions are scored
     progress:bool=True,
+    asked:threading.Event|None=None, # set in any process: stop, with Stopped
 )->tuple[dict, dict, list]: # COCO numbers, mean losses, COCO results
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = loader or eval_loader(config, device)
     truth = truth or load_ground_truth(loader.dataset)
     judge, found, sums, images = method_of(config).judge(model, config, layer), [], {}, 0
     model.eval()
-    for samples, targets in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+    shared = min(gathered(len(loader)))                                                                # batches that every process has
+    for number, (samples, targets) in enumerate(tqdm(loader, desc="evaluate", disable=not progress, leave=False)):
+        if asked is not None and number < shared and any_of(asked.is_set()): raise Stopped
         with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
@@ -673,8 +676,8 @@ def finish_pretraining(
     return start_phase("poet", model, config, device)
 
 # %% ../nbs/31_engine.ipynb #86fef964
-def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation, epochs:int, progress:bool=True)->dict:
-    "Evaluate if it is time, write weights and log, move on to the next epoch, save. Gives the line of the log."
+def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation, epochs:int, progress:bool=True, asked:threading.Event|None=None)->dict:
+    "Evaluate if it is time, write weights and log, move on to the next epoch, save. Gives the line of the log. Raises: Stopped, if asked to during the evaluation."
     t, device = config.train, next(state.task.parameters()).device
     state.epoch += 1
     line = dict(epoch=state.epoch, step=None, images=int(evaluation["images_per_epoch"]), seconds=round(state.seconds, 1),
@@ -683,7 +686,7 @@ def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation
     if state.phase == "poet" and (state.epoch % t.eval_every == 0 or state.epoch == epochs):
         model = state.ema if state.ema is not None else state.model
         copy_buffers(model)
-        numbers, line["val"], results = evaluate(model, config, device, evaluation["loader"], evaluation["truth"], progress=progress)
+        numbers, line["val"], results = evaluate(model, config, device, evaluation["loader"], evaluation["truth"], progress=progress, asked=asked)
         line["coco"] = {k: float(v) for k, v in numbers.items()}
         on_main(lambda: (save_results(results, folder/"predictions.json"), save_weights(model, folder/"model.safetensors", torch.float16), None)[-1])
     skipped = sum(gathered([str(p) for p in evaluation["train_data"].bad_images(forget=True)]), [])
@@ -745,7 +748,7 @@ def fit(
                     epochs = config.train.pretrain_epochs if state.phase == "pretrain" else config.train.epochs
                     while state.epoch < epochs:
                         means = train_epoch(state, loader, batches, config, folder, asked, epochs, progress)
-                        line = end_epoch(state, means, config, folder, evaluation, epochs, progress)
+                        line = end_epoch(state, means, config, folder, evaluation, epochs, progress, asked)
                         if progress: print(describe_line(state.phase, line), flush=True)
                     if state.phase == "poet": break
                     state = finish_pretraining(state, config, device)

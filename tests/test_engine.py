@@ -257,6 +257,27 @@ def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(runs, processes, nam
     assert difference(left_by(whole), ours | dict(checkpoint=ours["checkpoint"] | dict(config=config.to_dict()))) is None
 
 
+def test_a_signal_during_an_evaluation_breaks_it_off_and_nothing_is_lost(runs, tmp_path, monkeypatch, capsys):
+    "The whole run's evaluation may last minutes; a cluster gives seconds."
+    config, whole = runs("dropout")
+    batches, judged = len(engine.eval_loader(config, torch.device("cpu"))), engine.to_coco_results
+    assert batches > 1
+    seen = []
+    def told(*args):
+        seen.append(args[0])
+        if len(seen) == 1: signal.raise_signal(signal.SIGTERM)
+        return judged(*args)
+    with monkeypatch.context() as m:
+        m.setattr(engine, "to_coco_results", told)
+        fit(config, tmp_path / "run", progress=False)
+    assert len(seen) == 1 and "go on with --resume" in capsys.readouterr().err
+    found = read_checkpoint(tmp_path / "run")
+    assert (found["phase"], found["epoch"]) == ("poet", 0) and found["batch"] > 0, "the steps of the epoch are on disk"
+    assert not (tmp_path / "run/predictions.json").exists() and not list((tmp_path / "run").glob(".*"))
+    fit(config, tmp_path / "run", resume=True, progress=False)
+    assert difference(left_by(whole), left_by(tmp_path / "run")) is None
+
+
 def test_the_second_signal_stops_at_once_and_handlers_are_given_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
