@@ -1,0 +1,57 @@
+"""The committed runs of the stride experiment: fair to each other, and saying what their predictions say."""
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poet_nb.coco_eval import METRICS, evaluate_keypoints
+from poet_nb.config import load_config
+from poet_nb.plot import read_metrics
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "data/runs/stride").glob("*/config.json"))
+TRUTH = ROOT / "data/synth/annotations/person_keypoints_val2017.json"
+NETWORKS = {("poet", 32), ("poet", 16), ("poet", 8), ("ae", 32), ("ae", 16), ("ae", 8), ("ae", 4)}
+METHOD = {"lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "pretrain_epochs", "seed"} # fields of train that may differ
+
+pytestmark = pytest.mark.skipif(not FOLDERS, reason="no runs in data/runs/stride")
+
+
+def test_every_network_has_the_same_seeds():
+    kinds = Counter((c.model.method, c.model.stride, c.train.seed) for c in map(load_config, FOLDERS))
+    assert set(kinds.values()) == {1}
+    seeds = {network: {s for *n, s in kinds if tuple(n) == network} for network in NETWORKS}
+    assert {(m, s) for m, s, _ in kinds} == NETWORKS and len(next(iter(seeds.values()))) >= 2 and len({frozenset(s) for s in seeds.values()}) == 1, seeds
+
+
+def test_networks_differ_in_what_is_compared_and_in_nothing_else():
+    configs = [load_config(folder).to_dict() for folder in FOLDERS]
+    for config in configs:
+        assert config["data"] == configs[0]["data"] and config["ae"] == configs[0]["ae"]
+        assert {k: v for k, v in config["train"].items() if k not in METHOD} == {k: v for k, v in configs[0]["train"].items() if k not in METHOD}
+        assert {k: v for k, v in config["model"].items() if k not in ("method", "stride", "backbone_norm")} == {k: v for k, v in configs[0]["model"].items() if k not in ("method", "stride", "backbone_norm")}
+    for method in ("poet", "ae"):
+        rates = {tuple(c["train"][k] for k in ("lr", "lr_backbone", "weight_decay", "clip_max_norm")) for c in configs if c["model"]["method"] == method}
+        assert len(rates) == 1, "one set of rates a method, not tuned by stride"
+
+
+def test_the_budget_is_the_same():
+    minutes = {}
+    for folder in FOLDERS:
+        logs = [read_metrics(folder / name) for name in ("pretrain.jsonl", "metrics.jsonl") if (folder / name).is_file()]
+        config = load_config(folder)
+        assert [len(log) for log in logs] == [n for n in (config.train.pretrain_epochs, config.train.epochs) if n], folder.name
+        minutes[folder.name] = sum(len(log) * log["seconds"].median() for log in logs) / 60
+    assert max(minutes.values()) < 1.35 * min(minutes.values()), minutes
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_the_log_says_what_the_predictions_score(folder):
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["commit"] and environment["dirty"] is False and environment["seed"] == load_config(folder).train.seed
+    if not TRUTH.is_file(): pytest.skip("needs `make data`")
+    last = read_metrics(folder).iloc[-1]
+    found = evaluate_keypoints(TRUTH, folder / "predictions.json", verbose=False)
+    np.testing.assert_allclose([found[name] for name in METRICS], [last[f"coco/{name}"] for name in METRICS], atol=1e-9)
