@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['QUADRANTS', 'MatchedPairs', 'people_of', 'match_people', 'LayerRun', 'run_layers', 'quadrant_shares',
            'visibility_quantiles', 'auc', 'calibration_table', 'calibration_error', 'ap_by_layer', 'saturation_layer',
-           'bootstrap_interval', 'Estimate', 'estimate', 'verdict', 'JudgedResults', 'judge_results', 'drawn_ap']
+           'bootstrap_interval', 'Estimate', 'estimate', 'verdict', 'JudgedResults', 'judge_results', 'drawn_ap',
+           'comparable_runs']
 
 # %% ../nbs/41_analysis.ipynb #0b68fa05
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from torch import Tensor
 from .coco import CocoKeypoints
 from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
                                precision_recall, results_from_predictions)
-from .config import LossConfig, PoetError
+from .config import Config, LossConfig, PoetError, load_config
 from .engine import compact, same_size_batches, to_device
 from .keypoints import oks, offsets_to_keypoints
 from .matcher import HungarianMatcher, pack_targets, stack_outputs
@@ -305,3 +307,13 @@ def drawn_ap(
         copies = np.repeat(np.arange(len(judged.image)), np.where(judged.category == c, times[judged.image], 0))
         if number: values += [precision_recall(hit[copies], counted[copies], number)[0].mean() for hit, counted in zip(judged.hit, judged.counted)]
     return float(np.mean(values)) if values else np.nan
+
+# %% ../nbs/41_analysis.ipynb #da898d5d
+def comparable_runs(
+    folder:str|Path, # with a run folder for each run
+    config:Config,   # of a run that they shall compare with
+)->list[Path]: # run folders with predictions, by method, stride and name
+    "Runs that were scored on the validation images of `config`, by the names of dataset and split."
+    images = lambda c: (Path(c.data.root).name, c.data.val)
+    found = {path.parent: load_config(path.parent) for path in Path(folder).glob("*/predictions.json") if (path.parent / "config.json").is_file()}
+    return sorted((f for f, c in found.items() if images(c) == images(config)), key=lambda f: (found[f].model.method, found[f].model.stride, f.name))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AssociativeEmbedding', 'sigma_cells', 'counted_cells', 'read_at', 'tag_loss', 'AELoss', 'find_peaks', 'group',
-           'quarter', 'complete', 'decode', 'full_maps', 'to_people', 'perfect_maps', 'score_perfect_maps', 'AEMethod']
+           'quarter', 'complete', 'decode', 'mirror_order', 'full_maps', 'to_people', 'perfect_maps',
+           'score_perfect_maps', 'AEMethod']
 
 # %% ../nbs/45_associative_embedding.ipynb #4bb8ae2a
 import math
@@ -12,7 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from .config import Config, ConfigError, AEConfig
-from .keypoints import COCO_PERSON
+from .keypoints import COCO_PERSON, Skeleton
 from .coco import CocoKeypoints
 from .transforms import NestedTensor, eval_transforms
 from .backbone import Backbone
@@ -197,11 +198,24 @@ def decode(
         confidence[p], xy[p] = torch.where(new, heatmaps[k, at[:, 1], at[:, 0]], confidence[p]), torch.where(new[:, None], at, xy[p])
     return scores, torch.where(confidence[..., None] > 0, quarter(heatmaps, xy), 0.), confidence
 
+# %% ../nbs/45_associative_embedding.ipynb #960335bd
+def mirror_order(
+    config:Config,              # model.num_keypoints
+    categories:list[dict]|None, # of the model, COCO's; None: not known
+    skeleton:Skeleton|None,     # of the data, if the model's is not known; None: COCO's person
+)->list[int]: # joint order after a mirror
+    "Which maps change places in the mirrored image. Raises: ConfigError where it is not known."
+    skeleton = Skeleton.from_category(categories[0]) if categories else skeleton or COCO_PERSON
+    K, n = config.model.num_keypoints, skeleton.num_keypoints
+    if n != K: raise ConfigError(f"field ae.flip_test: which of the {K} joints are left and right is not known, {skeleton.name!r} has {n}; set model.num_keypoints={n} for it, or ae.flip_test=false")
+    return list(skeleton.flip_permutation)
+
 # %% ../nbs/45_associative_embedding.ipynb #9a66ae5f
 @torch.no_grad()
 def full_maps(
     model:AssociativeEmbedding,
     samples:NestedTensor, # normalised
+    skeleton:Skeleton|None=None, # of the data; needed for the flip test of a model that does not know its own
 )->tuple[Tensor, Tensor]: # (B, K, H, W) heatmaps, 0 in the padding; (B, K, H, W, D) tags, D = 2 with the flip test
     "Maps at the size of the input, the mirrored image's with them if `ae.flip_test`."
     size, ae = samples.tensors.shape[-2:], model.config.ae
@@ -209,7 +223,7 @@ def full_maps(
     heat, tags = large(model(samples))
     tags = tags[..., None]
     if ae.flip_test:
-        widths, order = samples.sizes()[:, 1].tolist(), list(COCO_PERSON.flip_permutation)
+        widths, order = samples.sizes()[:, 1].tolist(), mirror_order(model.config, getattr(model, "categories", None), skeleton)
         mirror = lambda x: torch.stack([image.flip(-1).roll(w - size[1], -1) for image, w in zip(x, widths)]) # padding stays at the right
         other = [mirror(m)[:, order] for m in large(model(NestedTensor(mirror(samples.tensors), samples.mask)))]
         heat, tags = (heat + other[0]) / 2, torch.cat([tags, other[1][..., None]], -1)
@@ -232,9 +246,10 @@ def to_people(
 def _people(self,
     samples:NestedTensor, # normalised
     sizes:Tensor,         # (B, 2) (height, width) of the original images, pixels
+    skeleton:Skeleton|None=None, # as for `full_maps`
 )->list[dict]: # per image scores (N,), labels (N,), keypoints (N, K, 3) in pixels (x, y, confidence)
     "Poses of a batch, as `PostProcess` gives them for POET."
-    heatmaps, tags = full_maps(self, samples)
+    heatmaps, tags = full_maps(self, samples, skeleton)
     inside = samples.sizes().tolist()
     return [to_people(*decode(h[:, :a, :b], t[:, :a, :b], self.config.ae), (a, b), size) for h, t, (a, b), size in zip(heatmaps, tags, inside, sizes.tolist())]
 
@@ -278,19 +293,18 @@ class AEMethod:
     task = AELoss
 
     @staticmethod
-    def check(config:Config):
-        "Refuse a configuration that associative embedding can't follow."
+    def check(config:Config, skeleton:Skeleton|None=None):
+        "Refuse a configuration that associative embedding can't follow, on data of this skeleton."
         m = config.model
         if m.num_classes > 1: raise ConfigError(f"field model.num_classes: {m.num_classes}; associative embedding has one kind of creature")
-        if config.ae.flip_test and m.num_keypoints != COCO_PERSON.num_keypoints:
-            raise ConfigError(f"field ae.flip_test: which of the {m.num_keypoints} joints are left and right is not known here; set ae.flip_test=false")
+        if config.ae.flip_test: mirror_order(config, None, skeleton)
         if config.train.pretrain_epochs: raise ConfigError("field train.pretrain_epochs: associative embedding is not pre-trained; set it to 0")
 
     @staticmethod
-    def judge(model:nn.Module, config:Config, layer:int=-1):
+    def judge(model:nn.Module, config:Config, layer:int=-1, skeleton:Skeleton|None=None):
         "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
         task = AELoss(model, config)
-        return lambda samples, targets: (task(samples, targets), model.people(samples, torch.stack([t["orig_size"] for t in targets])))
+        return lambda samples, targets: (task(samples, targets), model.people(samples, torch.stack([t["orig_size"] for t in targets]), skeleton))
 
     @staticmethod
     def people(model:nn.Module, layer:int=-1):

@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'PARTS', 'FAST', 'wait_for', 'time_in_turns', 'summary', 'matmul_ceiling', 'copy_ceiling', 'ceilings',
-           'count_flops', 'peak_memory', 'noise_batch', 'timed_calls', 'step_pieces', 'bench_step', 'some_data',
-           'bench_loader', 'bench_eval', 'bench_predict', 'run_bench', 'bench_lines', 'plot_bench', 'save_bench']
+           'count_flops', 'moved_bytes', 'CountBytes', 'count_bytes', 'peak_memory', 'forget_peak', 'noise_batch',
+           'timed_calls', 'step_pieces', 'bench_step', 'some_data', 'cycled', 'bench_loader', 'bench_eval',
+           'timed_steps', 'bench_train', 'bench_predict', 'shares', 'run_bench', 'switched', 'bench_lines',
+           'plot_bench', 'save_bench']
 
 # %% ../nbs/32d_bench.ipynb #5f8dea0b
 import json, resource, sys, tempfile, time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Config, ConfigError, override, preset, write_atomic
@@ -32,7 +38,8 @@ def wait_for(
     device:torch.device,
 )->None:
     "Wait until the device has done all that it was told."
-    if device.type in ("cuda", "mps"): getattr(torch, device.type).synchronize()
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "mps": torch.mps.synchronize()
 
 # %% ../nbs/32d_bench.ipynb #4e454189
 def time_in_turns(
@@ -100,14 +107,54 @@ def count_flops(
     with FlopCounterMode(display=False) as counter: f()
     return counter.get_total_flops()
 
+# %% ../nbs/32d_bench.ipynb #8a4cd942
+def moved_bytes(func, args:tuple, kwargs:dict, out)->int: # bytes
+    "What an operator reads and writes, by its schema; memory that tensors share is not counted, a tensor that is expanded only as it is stored."
+    tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    size = lambda ts: sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in ts)
+    arguments, name = func._schema.arguments, func.overloadpacket.__name__
+    given = [*zip(arguments, args), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    read, written = tensors([x for _, x in given]), tensors([x for a, x in given if a.alias_info and a.alias_info.is_write])
+    known = {t.untyped_storage().data_ptr() for t in read}
+    new = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in known]
+    if name.startswith(("empty", "new_empty")) or (tensors(out) and not new and not written): return 0 # nothing is filled; the same memory seen otherwise
+    overwritten = written if name in ("copy_", "fill_", "zero_") else []
+    return size(read) - size(overwritten) + size(written) + size(new)
+
+# %% ../nbs/32d_bench.ipynb #fca98890
+class CountBytes(TorchDispatchMode):
+    "Adds up what operators read and write, each by itself."
+    def __init__(self): super().__init__(); self.total = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.total += moved_bytes(func, args, kwargs or {}, out)
+        return out
+
+# %% ../nbs/32d_bench.ipynb #154df20a
+def count_bytes(
+    f:Callable,
+)->int: # bytes
+    "Bytes that the unfused operators of a call read and write."
+    with CountBytes() as counter: f()
+    return counter.total
+
 # %% ../nbs/32d_bench.ipynb #63a580b8
 def peak_memory(
     device:torch.device,
 )->int: # bytes
-    "The most memory so far: allocated on a GPU, resident of the process on a CPU."
+    "The most memory since it was last forgotten: allocated on a GPU, resident of the process on a CPU."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+# %% ../nbs/32d_bench.ipynb #3076ff9b
+def forget_peak(
+    device:torch.device,
+)->bool: # whether that can be done here
+    "Let `peak_memory` begin anew."
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device); return True
+    try: return bool(Path("/proc/self/clear_refs").write_text("5"))
+    except OSError: return False
 
 # %% ../nbs/32d_bench.ipynb #5ee8e769
 def noise_batch(
@@ -168,7 +215,7 @@ def bench_step(
     size:tuple[int, int]=(512, 512), # (height, width), pixels
     batch:int=2,                     # images
     rounds:int=5,
-)->dict: # seconds of the step and its pieces, images/s, FLOP and FLOP/s, bytes, host waits
+)->dict: # seconds of the step and its pieces, images/s, FLOP and FLOP/s, bytes moved and bytes/s, bytes of memory, host waits
     "Time the training step of a POET on noise."
     if config.model.method != "poet": raise ConfigError(f"field model.method: the step of {config.model.method!r} has other pieces; bench a POET")
     state, (samples, targets) = start_phase("poet", new_model(override(config, **{"train.init": "none"})), config, device), noise_batch(config, size, batch)
@@ -178,12 +225,12 @@ def bench_step(
     step = lambda: train_step(state, [(samples, targets)], config, device)
     step()
     with HostWaits(device) as waits: step()
-    with torch.compiler.set_stance("force_eager"): flops = count_flops(step)
+    with torch.compiler.set_stance("force_eager"): flops, moved = count_flops(step), count_bytes(step)
     pieces = []
     times = time_in_turns({"step": step, "pieces": lambda: pieces.append(step_pieces(state, samples, targets, config, device))}, device, rounds, warmup=1)
     whole = summary(times["step"])
     return dict(size=list(size), batch=batch, step=whole, images_per_second=batch / whole["median"], flops=flops, flops_per_second=flops / whole["median"],
-                pieces={name: summary([p[name] for p in pieces[1:]]) for name in PIECES}, peak_memory=peak_memory(device), host_waits=waits.counts)
+                bytes=moved, bytes_per_second=moved / whole["median"], pieces={name: summary([p[name] for p in pieces[1:]]) for name in PIECES}, peak_memory=peak_memory(device), host_waits=waits.counts)
 
 # %% ../nbs/32d_bench.ipynb #07b703ab
 @contextmanager
@@ -199,24 +246,34 @@ def some_data(
         for split, seed in ((d.train, 0), (d.val, 1)): make_synth(folder, split, images, SynthConfig(size=size), seed, progress=False)
         yield override(config, **{"data.root": folder})
 
+# %% ../nbs/32d_bench.ipynb #ccefd1b9
+def cycled(
+    config:Config,
+    device:torch.device,
+    total:int,        # batches to give
+    n:int|None=None,  # different ones; None: all of an epoch
+)->DataLoader:
+    "A training loader that gives the first batches of an epoch again and again."
+    loader, batches = train_loader(config, device)
+    order = [i for batch in islice(batches, n) for i, _ in batch]
+    batches.length = total * batches.batch_size
+    batches.arrange = lambda *_: list(islice(cycle(order), batches.length))
+    return loader
+
 # %% ../nbs/32d_bench.ipynb #f19bec0e
 def bench_loader(
     config:Config,
     device:torch.device,
-    batches:int=6, # timed, after the first
+    batches:int=6, # timed; two a process at least
 )->dict: # images/s
     "Read, augment and collate training images, in as many processes as `data.workers` says, and this one if that is 0."
-    loader, sampler = train_loader(config, device)
-    count, begun, seen = 0, None, 0
-    while seen <= batches:
-        for samples, _ in loader:
-            seen += 1
-            if begun is None: begun = time.perf_counter(); continue  # the first waits for the processes to start
-            count += len(samples)
-            if seen > batches: break
-        sampler.epoch += 1
-        if not len(sampler): break
-    return dict(images_per_second=count / (time.perf_counter() - begun), images=count, workers=config.data.workers)
+    workers, count = config.data.workers, 0
+    lead, timed = max(1, workers), max(batches, 2 * workers)
+    for number, (samples, _) in enumerate(cycled(config, device, lead + timed + 4 * workers), 1): # the processes are busy to the end
+        if number > lead: count += len(samples)
+        if number == lead: begun = time.perf_counter()
+        if number == lead + timed: break
+    return dict(images_per_second=count / (time.perf_counter() - begun), images=count, workers=workers)
 
 # %% ../nbs/32d_bench.ipynb #2a72620e
 def bench_eval(
@@ -229,6 +286,45 @@ def bench_eval(
     evaluate(model, config, device, loader, progress=False)
     wait_for(device)
     return dict(images_per_second=len(loader.dataset) / (time.perf_counter() - begun), images=len(loader.dataset))
+
+# %% ../nbs/32d_bench.ipynb #5536e7ce
+def timed_steps(
+    state,     # of `start_phase`
+    batches,   # (samples, targets), one after the other
+    skip:int,  # steps before the clock starts, 1 at least
+    steps:int, # that are timed
+    config:Config,
+    device:torch.device,
+)->tuple[float, int]: # seconds, images
+    "Training steps against the clock, one for each batch."
+    images = 0
+    for number, (samples, targets) in enumerate(batches, 1):
+        train_step(state, [(samples, targets)], config, device)
+        if number > skip: images += len(targets)
+        if number == skip: wait_for(device); begun = time.perf_counter()
+        if number == skip + steps: break
+    wait_for(device)
+    return time.perf_counter() - begun, images
+
+# %% ../nbs/32d_bench.ipynb #245bc4af
+def bench_train(
+    config:Config,
+    device:torch.device,
+    steps:int=6, # timed ready-made; from files as often as two batches of each loader process need
+)->dict: # images/s from files and ready-made, the share of one in the other
+    "Time training steps over the real loader, and over the same batches ready-made."
+    workers = config.data.workers
+    state = start_phase("poet", new_model(override(config, **{"train.init": "none"})), config, device)
+    state.task.train()
+    ready = list(islice(train_loader(config, device)[0], steps))
+    n, lead = len(ready), max(1, workers)
+    timed = n * -(-max(steps, 2 * workers) // n)                  # whole rounds of the same n batches
+    warm = n if device.type != "cpu" or config.train.compile else 1 # kernels are chosen, compiled and given memory for each size
+    seconds, images = timed_steps(state, [*ready[:warm], *ready], warm, n, config, device)
+    found = dict(ready_images_per_second=images / seconds, size=np.mean([s.tensors.shape[-2:] for s, _ in ready], 0).round().astype(int).tolist())
+    del ready
+    seconds, images = timed_steps(state, cycled(config, device, lead + timed + 4 * workers, n), lead, timed, config, device)
+    return found | dict(images_per_second=images / seconds, share_of_ready=images / seconds / found["ready_images_per_second"], images=images, steps=timed, workers=workers)
 
 # %% ../nbs/32d_bench.ipynb #7c71233c
 def bench_predict(
@@ -246,66 +342,101 @@ def bench_predict(
     return dict(size=list(size), model_size=seen[0], seconds=summary(times["predict"]))
 
 # %% ../nbs/32d_bench.ipynb #592b7772
-PARTS = ("step", "eval", "loader", "predict")
+PARTS = ("step", "train", "eval", "loader", "predict")
 FAST = {"train.amp": "auto", "train.channels_last": True, "train.fold_bn": True, "train.fused": True, "train.keep_memory": True} # nothing but speed
+
+# %% ../nbs/32d_bench.ipynb #2416eb58
+def shares(
+    step:dict,     # of `bench_step`
+    ceilings:dict, # of `ceilings`
+    config:Config,
+    device:torch.device,
+)->dict: # name of the ceiling, share of it; share of the copy
+    "What a step uses of what the device can do: arithmetic by the precision of its products, bytes as if no operators were fused."
+    kind = "bfloat16" if autocast_dtype(config.train.amp, device) is not None else "float32"
+    return dict(ceiling=f"matmul_{kind}", share_of_ceiling=step["flops_per_second"] / ceilings[f"matmul_{kind}"], share_of_copy=step["bytes_per_second"] / ceilings["copy"])
 
 # %% ../nbs/32d_bench.ipynb #30cdd346
 def run_bench(
     config:Config,
     device:torch.device,
     parts:tuple[str, ...]=PARTS,
-    size:int=512,   # of the training step's images, pixels
+    size:int|tuple[int, int]=512, # of the training step's images: side or (height, width), pixels
     batch:int=2,    # images of a training step
     rounds:int=5,
     ceiling_n:int|None=None, # rows of the ceilings' matrices; None: what suits the device
+    steps:int=6,    # training steps over images from files
 )->dict: # JSON-ready
     "Measure the parts asked for. Raises: ConfigError for an unknown part."
     for part in parts:
         if part not in PARTS: raise ConfigError(f"part {part!r} is unknown; there are {', '.join(PARTS)}")
     record = dict(environment=environment(config, device), config=config.to_dict(), ceilings=ceilings(device, ceiling_n))
-    if "step" in parts:
-        record["step"] = bench_step(config, device, (size, size), batch, rounds)
-        kind = "bfloat16" if autocast_dtype(config.train.amp, device) is not None else "float32"
-        record["step"] |= dict(ceiling=f"matmul_{kind}", share_of_ceiling=record["step"]["flops_per_second"] / record["ceilings"][f"matmul_{kind}"])
-    if {"eval", "loader"} & set(parts):
-        with some_data(config) as ready:
-            if "loader" in parts: record["loader"] = bench_loader(ready, device)
-            if "eval" in parts: record["eval"] = bench_eval(ready, device)
-    if "predict" in parts: record["predict"] = bench_predict(config, device, rounds=rounds)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    def measure(part, f, *args):
+        if part not in parts: return
+        own = forget_peak(device)
+        record[part] = f(*args)
+        if own: record[part]["peak_memory"] = peak_memory(device)
+    measure("step", bench_step, config, device, size, batch, rounds)
+    if "step" in parts: record["step"] |= shares(record["step"], record["ceilings"], config, device)
+    if {"train", "eval", "loader"} & set(parts):
+        with some_data(config, max(24, 4 * config.train.batch_size)) as ready:
+            measure("train", bench_train, ready, device, steps)
+            measure("loader", bench_loader, ready, device)
+            measure("eval", bench_eval, ready, device)
+    measure("predict", bench_predict, config, device, (480, 640), rounds)
     return record
+
+# %% ../nbs/32d_bench.ipynb #623a2a22
+def switched(
+    record:dict, # of `run_bench`
+)->str:
+    "Which switches were on."
+    train, data, kind = record["config"]["train"], record["config"]["data"], record["environment"]["autocast"]
+    fields = [(name, train[name]) for name in ("channels_last", "fold_bn", "fused", "keep_memory", "compile")] + [(name, data[name]) for name in ("buckets", "pin_memory")]
+    return f"switches: amp {train['amp']} ({'float32' if kind == 'None' else kind}), " + ", ".join(f"{name} {'on' if on else 'off'}" for name, on in fields)
 
 # %% ../nbs/32d_bench.ipynb #8fb1fa3d
 def bench_lines(
     record:dict, # of `run_bench`
 )->list[str]:
     "The record in words."
-    c, lines = record["ceilings"], []
+    c, lines = record["ceilings"], [switched(record)]
+    memory = lambda part: f", at most {record[part]['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in record[part] else ""
     lines.append(f"ceilings: {c['matmul_float32'] / 1e9:,.0f} GFLOP/s float32, {c['matmul_bfloat16'] / 1e9:,.0f} GFLOP/s bfloat16, copy {c['copy'] / 1e9:.1f} GB/s")
     if s := record.get("step"):
         lines.append(f"train step: {s['images_per_second']:.3g} images/s, {s['step']['median'] * 1e3:.3g} ms for {s['batch']} images of {s['size'][1]} x {s['size'][0]}, "
-                     f"{s['flops_per_second'] / 1e9:,.0f} GFLOP/s = {s['share_of_ceiling']:.0%} of {s['ceiling']}, at most {s['peak_memory'] / 2**30:.2f} GiB, "
+                     f"{s['flops_per_second'] / 1e9:,.0f} GFLOP/s = {s['share_of_ceiling']:.0%} of {s['ceiling']}{memory('step')}, "
                      f"the host waits {sum(s['host_waits'].values())} times")
+        lines.append(f"   its operators, unfused, move {s['bytes'] / 1e9:.3g} GB: {s['bytes_per_second'] / 1e9:.3g} GB/s = {s['share_of_copy']:.0%} of the copy")
         lines.append("   " + ", ".join(f"{name} {p['median'] * 1e3:.3g} ms" for name, p in s["pieces"].items()))
+    if t := record.get("train"):
+        lines.append(f"train from files: {t['images_per_second']:.3g} images/s = {t['share_of_ready']:.0%} of {t['ready_images_per_second']:.3g} on the same batches ready-made, "
+                     f"{t['size'][1]} x {t['size'][0]} on average, {t['workers']} loader processes{memory('train')}")
     for part in ("loader", "eval"):
-        if part in record: lines.append(f"{part}: {record[part]['images_per_second']:.3g} images/s")
-    if p := record.get("predict"): lines.append(f"predict: {p['seconds']['median'] * 1e3:.3g} ms an image, the model sees {p['model_size'][1]} x {p['model_size'][0]}")
+        if part in record: lines.append(f"{part}: {record[part]['images_per_second']:.3g} images/s{memory(part)}")
+    if p := record.get("predict"): lines.append(f"predict: {p['seconds']['median'] * 1e3:.3g} ms an image, the model sees {p['model_size'][1]} x {p['model_size'][0]}{memory('predict')}")
     return lines
 
 # %% ../nbs/32d_bench.ipynb #b3403403
 def plot_bench(
     record:dict, # of `run_bench`, with the step
 ): # the figure
-    "Where the time of a training step goes, and how much of the device's arithmetic is used."
-    s = record["step"]
+    "Where the time of a training step goes, how much of the device's arithmetic is used, and images a second of each part."
+    s, rate = record["step"], {"step": record["step"]["images_per_second"]}
+    if "train" in record: rate |= {"train, ready-made": record["train"]["ready_images_per_second"], "train, from files": record["train"]["images_per_second"]}
+    rate |= {part: record[part]["images_per_second"] for part in ("loader", "eval") if part in record}
     names, values = list(s["pieces"]), [p["median"] * 1e3 for p in s["pieces"].values()]
     spread = np.array([[p["median"] - p["low"], p["high"] - p["median"]] for p in s["pieces"].values()]).T * 1e3
     with paper_style():
-        fig, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 1.9), width_ratios=(2, 1), layout="constrained")
+        fig, (left, middle, right) = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 1.9), width_ratios=(4, 3, 3), layout="constrained")
         left.barh(names[::-1], values[::-1], .6, xerr=spread[:, ::-1], color=PALETTE[1], error_kw=dict(lw=1))
-        left.set(xlabel="ms", title=f"{record['config']['name']}, {s['batch']} images of {s['size'][1]} x {s['size'][0]}: {s['images_per_second']:.3g} images/s")
+        left.set(xlabel="ms", title=f"{record['config']['name']}, {s['batch']} images of {s['size'][1]} x {s['size'][0]}")
         bars = {"product, bf16": record["ceilings"]["matmul_bfloat16"], "product, fp32": record["ceilings"]["matmul_float32"], "train step": s["flops_per_second"]}
-        right.barh(list(bars), [v / 1e9 for v in bars.values()], .6, color=[PALETTE[2], PALETTE[2], PALETTE[0]])
-        right.set(xlabel="GFLOP/s", title=f"{s['share_of_ceiling']:.0%} of the ceiling")
+        middle.barh(list(bars), [v / 1e9 for v in bars.values()], .6, color=[PALETTE[2], PALETTE[2], PALETTE[0]])
+        middle.set(xlabel="GFLOP/s", title=f"{s['share_of_ceiling']:.0%} of the product, {s['share_of_copy']:.0%} of the copy")
+        right.barh(list(rate)[::-1], list(rate.values())[::-1], .6, color=PALETTE[0])
+        right.set(xlabel="images/s", title=f"from files: {record['train']['share_of_ready']:.0%}" if "train" in record else "")
     return fig
 
 # %% ../nbs/32d_bench.ipynb #97cd1c69

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
-           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device', 'find_data',
-           'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config', 'check_resume', 'weights_of',
-           'report_run', 'run_train', 'load_run', 'layer_index', 'eval_model', 'score_run', 'unlabelled_images',
-           'write_submission', 'run_eval', 'expand_sources', 'overlay_path', 'run_categories', 'run_skeleton',
-           'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict', 'model_named',
-           'run_export', 'find_checkout', 'figure_job', 'run_figures', 'run_bench_command', 'check_software',
-           'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets', 'check_dataset',
-           'check_run', 'check_runs', 'run_doctor']
+           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device',
+           'split_remedy', 'find_data', 'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config',
+           'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index', 'model_named',
+           'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'run_eval', 'expand_sources',
+           'overlay_path', 'run_categories', 'run_skeleton', 'PredictJob', 'predict_images', 'predict_frames_of',
+           'local_files', 'run_job', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures',
+           'image_size', 'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine',
+           'check_split', 'check_datasets', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -33,15 +33,16 @@ from .keypoints import COCO_PERSON, DEFAULT_SIGMA, Skeleton
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
 from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, open_split
+from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
-from .weights import categories_beside, find_weights, start_from
+from .weights import categories_beside, find_weights, is_hub_id, layout, official_poet, read_options, start_from
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
 from .results import ResultsWriter, plain_categories
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
-from .predict import IMAGE_SUFFIXES, PredictOptions, download, is_url, layer_index as find_layer, load_image, stream_predictions
+from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, is_url, layer_index as find_layer, load_image, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
 
 # %% ../nbs/33_cli.ipynb #5ab4e060
@@ -279,6 +280,21 @@ def usable_device(
         raise ConfigError(f"device {name!r} can't be used ({str(error).splitlines()[0]:.100}); take cpu or auto, `poet doctor` tells what is there") from None
     return device
 
+# %% ../nbs/33_cli.ipynb #8b19f240
+def split_remedy(
+    root:Path, # dataset folder
+    name:str,  # of the annotation file that is missing
+)->str:
+    "What to do about a split that is not there."
+    coco, files = "coco" in root.name.lower(), sorted(root.glob("annotations/person_keypoints_*.json"))
+    usual = name in ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
+    made = lambda file: (b"cocodataset.org" if coco else b'"synth":') in file.open("rb").read(1000) # the file says in its first lines where it comes from
+    if not root.is_dir() or not any(root.iterdir()) or usual and (any(map(made, files)) if files else coco):
+        return f"`poet data {'coco' if coco else 'synth'} --folder {shlex.quote(str(root))}` {'downloads COCO' if coco else 'draws synthetic people'}, --data names another dataset"
+    layout = "data/README.md shows the layout, notebook 72 divides a single file"
+    if files: return f"name the splits with --set data.train=NAME data.val=NAME, or call them train2017 and val2017 ({layout}); --data names another dataset"
+    return f"a split NAME is a folder NAME of pictures and the file annotations/person_keypoints_NAME.json ({layout}); --data names another dataset"
+
 # %% ../nbs/33_cli.ipynb #e9720b0a
 def find_data(
     config:Config,
@@ -286,11 +302,9 @@ def find_data(
 )->CocoKeypoints: # the last of them
     "Open a dataset. Raises: DataError that says how to get it."
     root = Path(config.data.root)
-    kind, there = "coco" if "coco" in root.name.lower() else "synth", sorted(root.glob("annotations/person_keypoints_*.json"))
     for file in (root / "annotations" / f"person_keypoints_{split}.json" for split in splits):
-        if file not in there:
-            raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(f.name for f in there) + ')' if there else ''}; "
-                            f"`poet data {kind} --folder {root}` {'downloads COCO' if kind == 'coco' else 'draws synthetic people'}, --data names another dataset")
+        there = [f.name for f in sorted(root.glob("annotations/*.json"))]
+        if file.name not in there: raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(there[:6]) + ')' if there else ''}; {split_remedy(root, file.name)}")
     return open_split(config.data, splits[-1])
 
 def sizes_of(
@@ -339,6 +353,7 @@ def train_config(
     elif args.preset: config = preset(args.preset)
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
     elif args.init and Path(args.init).is_dir(): config = load_config(args.init)
+    elif args.init and not Path(args.init).exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
     else: config = preset("poet_tiny")
     return with_settings(config, args)
 
@@ -356,11 +371,11 @@ def check_resume(
 
 # %% ../nbs/33_cli.ipynb #14923517
 def weights_of(
-    source:str|Path, # run folder, file of weights, http(s) address, or "official"
+    source:str|Path, # run folder, file of weights, http(s) address, "official", or owner/name on the hub
     stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # file of weights
     "The file that holds some weights. Raises: CheckpointError."
-    if not Path(source).exists() and re.match(r"official$|https?://", str(source)): return find_weights(str(source), stride)
+    if not Path(source).exists() and (re.match(r"official$|https?://", str(source)) or is_hub_id(source)): return find_weights(str(source), stride)
     source = Path(source)
     file = source / "model.safetensors" if source.is_dir() else source
     if file.is_file(): return file
@@ -388,7 +403,7 @@ def report_run(
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
          option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
-         option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, or at this http(s) address, or official: the authors' checkpoint"),
+         option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, at this http(s) address, of owner/name on the hub, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
          _DATA, _SET, _DEVICE)
 def run_train(
@@ -431,14 +446,45 @@ def layer_index(
     try: return find_layer(layer, config)
     except ConfigError as error: raise ConfigError(f"--{error}") from None
 
-# %% ../nbs/33_cli.ipynb #d2b1c2de
-_RUN = Path("data/runs/tiny") # the run that comes with the repository
+# %% ../nbs/33_cli.ipynb #3d990911
+def model_named(
+    source:str,             # run folder, or name of a preset
+    weights:str|None=None,  # anything `find_weights` reads; None: those of the run, of a preset random ones
+)->Poet:
+    "A model in evaluation mode. Raises: CheckpointError, ConfigError."
+    if Path(source).exists(): return load_run(Path(source)) if weights is None else build_poet(load_config(Path(source)), weights)
+    try: config = preset(source)
+    except ConfigError as error: raise ConfigError(f"{source}: there is no such run folder, and {error}") from None
+    if weights is None: warnings.warn(f"{source}: a preset has random weights, good for timing alone; name trained ones with --weights, or a run folder")
+    return build_poet(source if weights else config, weights)
 
+# %% ../nbs/33_cli.ipynb #b355ed29
+_RUN = Path("data/runs/tiny") # the run that comes with the repository
+_WEIGHTS = option("--weights", metavar="SOURCE", help="weights in place of a run's: official (the authors' checkpoint), a file, an http address, or owner/name on the hub; "
+                  "--run is needed only where they do not tell their network, and may be a preset then")
+
+def model_of(
+    run:Path|None,         # run folder, beside `weights` also the name of a preset; None: what the weights tell, else the committed run
+    weights:str|None=None, # anything `find_weights` reads; None: those of the run
+)->Poet: # in evaluation mode
+    "The model that --run and --weights ask for. Raises: CheckpointError, ConfigError."
+    if weights is None: return load_run(run or _RUN)
+    if run is not None: return model_named(str(run), weights)
+    file = find_weights(weights)
+    if (file.parent / "config.json").is_file(): return build_poet(load_config(file.parent), weights_of(file))
+    content = read_weights(file)
+    if layout(state_of(content, file)) != "official":
+        raise CheckpointError(f"{file}: does not tell its network (it is not of the authors' layout, and no config.json lies beside it); name a run folder or a preset of the same network with --run")
+    if weights != "official" and "stride" not in read_options(content.get("args"), file):
+        raise CheckpointError(f"{file}: does not tell its stride, and no tensor shows it; name the network with --run: poet_r50 (stride 32) or poet_dc5_r50 (stride 16)")
+    return official_poet(content, file, 32 if weights == "official" else None)
+
+# %% ../nbs/33_cli.ipynb #d2b1c2de
 def eval_model(
     args:argparse.Namespace, # of `poet eval`
 )->tuple[Poet, Config]: # on its device; the configuration with what the options change
     "The model of a run, ready to predict. Raises: PoetError."
-    model = load_run(args.run or _RUN)
+    model = model_of(args.run, args.weights)
     config = with_settings(model.config, args)
     if (config.model, config.loss) != (model.config.model, model.config.loss): raise ConfigError("--set: model and loss of a trained run can't be changed, only fields of data and train")
     layer_index(args.layer, config)
@@ -497,7 +543,7 @@ def write_submission(
 # %% ../nbs/33_cli.ipynb #9b5c8e21
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",
          "poet eval --run data/runs/tiny --data data/synth",
-         option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _DATA,
+         option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS, _DATA,
          option("--split", metavar="NAME", help="split to score (default: data.val of the run); test-dev: make the zip for COCO's server"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
          option("--images", choices=["all", "annotated"], default="all", help="annotated: only images with people (default: all)"),
@@ -512,7 +558,7 @@ def run_eval(
 )->int: # exit code
     "`poet eval`: print how many images were scored, and the ten numbers."
     if bool(args.results) != bool(args.annotations): raise ConfigError("--results and --annotations: give both, or a run with --run")
-    if args.results and args.run: raise ConfigError("--run and --results: give one of the two")
+    if args.results and (args.run or args.weights): raise ConfigError(f"{'--run' if args.run else '--weights'} and --results: give one of the two")
     if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
         if args.results: raise ConfigError(f"--split {args.split} and --results: give one of the two")
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
@@ -680,8 +726,9 @@ class _Webcam(argparse.Action):
          "poet predict holiday/*.jpg party.mp4 https://example.org/team.jpg --run data/runs/tiny --out predictions",
          option("sources", nargs="+", metavar="SOURCE", help="image or video files, folders, patterns, http addresses"),
          option("--webcam", type=at_least(0), action=_Webcam, metavar="N", help="what camera N sees, the first is 0; Ctrl-C ends it"),
-         option("--run", type=Path, default=_RUN, metavar="FOLDER", help="run folder (default: %(default)s)"),
-         option("--threshold", type=share, default=.5, metavar="SCORE", help="lowest score kept, 0 to 1 (default: %(default)s)"),
+         option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS,
+         option("--threshold", type=share, default=.5, metavar="SCORE",
+                help="lowest score kept, 0 to 1: 0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: %(default)s)"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
          option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where overlays and predictions go (default: %(default)s)"),
          option("--csv", action="store_true", help="also write predictions.csv, a row a person"),
@@ -693,28 +740,16 @@ def run_predict(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
     "`poet predict`: an overlay for each source, and one file with all poses."
-    sources, device, model = expand_sources(args.sources or []), usable_device(args.device), load_run(args.run)
+    sources, device, model = expand_sources(args.sources or []), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
-    options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, run_categories(args.run), args.csv)
-    job = PredictJob(args, model, options, run_skeleton(args.run), results, len(sources) + (args.webcam is not None))
+    options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
+    job = PredictJob(args, model, options, Skeleton.from_category(categories_of(model)[0]), results, len(sources) + (args.webcam is not None))
     try:
         with results, explain_memory("give a smaller --batch"): job.run(sources)
     finally:
         if results.num_images: print(job.summary())
     if not results.num_images and job.bad: raise DataError(f"not one of {len(job.bad)} sources can be read; the first: {job.bad[0]}")
     return 0
-
-# %% ../nbs/33_cli.ipynb #3d990911
-def model_named(
-    source:str,             # run folder, or name of a preset
-    weights:str|None=None,  # anything `find_weights` reads; None: those of the run, of a preset random ones
-)->Poet:
-    "A model in evaluation mode. Raises: CheckpointError, ConfigError."
-    if Path(source).exists(): return load_run(Path(source)) if weights is None else build_poet(load_config(Path(source)), weights)
-    try: config = preset(source)
-    except ConfigError as error: raise ConfigError(f"{source}: there is no such run folder, and {error}") from None
-    if weights is None: warnings.warn(f"{source}: a preset has random weights, good for timing alone; name trained ones with --weights, or a run folder")
-    return build_poet(source if weights else config, weights)
 
 # %% ../nbs/33_cli.ipynb #36ad8d9e
 @command("export", "Write a model as one file for other programs: ONNX, or torch.export.",
@@ -756,7 +791,7 @@ def figure_job(
     copy:Path,               # an empty folder to work in
 )->tuple[list[str], dict]: # command, environment
     "How to execute the figure notebooks in a copy. Raises: DataError, ConfigError, PoetError."
-    if not find_spec("nbclient"): raise PoetError("executing notebooks needs nbclient: pip install 'poet_nb[dev]', or `make install` in the repository")
+    if not find_spec("nbclient"): raise PoetError("executing notebooks needs nbclient: pip install -e '.[dev]', or `make install`, in the repository")
     run, root = args.run or checkout / _RUN, args.data or checkout / "data" / "synth"
     truth = root / "annotations" / f"person_keypoints_{load_config(run).data.val}.json"
     if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --train 0` draws the validation images, --data names another dataset")
@@ -793,15 +828,26 @@ def run_figures(
     if code not in (0, 130): raise PoetError("a notebook failed, see above; what the others drew is kept")
     return code
 
+# %% ../nbs/33_cli.ipynb #eb267c57
+def image_size(
+    text:str, # as typed: 512, or 800x1066
+)->tuple[int, int]: # (height, width), pixels
+    "A `type` for an option that is the size of an image."
+    sides = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    size = (int(sides[1]), int(sides[2] or sides[1])) if sides else (0, 0)
+    if min(size) < 32: raise argparse.ArgumentTypeError(f"{text!r} is no size: a number of pixels from 32 up, or HEIGHTxWIDTH such as 800x1066")
+    return size
+
 # %% ../nbs/33_cli.ipynb #3f7e0bc0
-@command("bench", "Measure speed: a training step by its parts, evaluation, loader, prediction; writes JSON and a picture.",
-         "poet bench --preset poet_r50 --size 512 --batch 2 --fast --out bench",
+@command("bench", "Measure speed: a training step by its parts, training from files, evaluation, loader, prediction; writes JSON and a picture.",
+         "poet bench --preset poet_r50 --size 800x1066 --batch 2 --fast --out bench",
          option("--preset", default="poet_r50", metavar="NAME", help="configuration to measure (default: %(default)s)"), _DATA, _DEVICE, _SET,
-         option("--size", type=at_least(32), default=512, metavar="PIXELS", help="side of the images of the training step (default: %(default)s)"),
+         option("--size", type=image_size, default="512", metavar="PIXELS", help="side of the images of the training step, or HEIGHTxWIDTH such as 800x1066 (default: %(default)s)"),
          option("--batch", type=at_least(1), default=2, metavar="N", help="images of a training step (default: %(default)s)"),
          option("--parts", default=",".join(PARTS), metavar="PARTS", help="what to measure, with commas (default: %(default)s)"),
          option("--rounds", type=at_least(1), default=5, metavar="N", help="measurements of each time (default: %(default)s)"),
-         option("--fast", action="store_true", help="all switches that change nothing but speed, compiling excepted"),
+         option("--steps", type=at_least(1), default=6, metavar="N", help="training steps over images from files (default: %(default)s)"),
+         option("--fast", action="store_true", help="all switches that change nothing but speed; not compiling, which takes minutes (--set train.compile=true), nor buckets, which change the order of the images (--set data.buckets=true)"),
          option("--out", type=Path, metavar="FOLDER", help="write bench.json and bench.png there (default: print only)"))
 def run_bench_command(
     args:argparse.Namespace, # parsed options
@@ -811,8 +857,8 @@ def run_bench_command(
     config = with_settings(config, args)
     device = usable_device(config.train.device)
     if args.data is not None: check_data(config, [config.data.train, config.data.val])
-    with explain_memory("give a smaller --batch or --size"):
-        record = run_bench(config, device, tuple(args.parts.split(",")), args.size, args.batch, args.rounds)
+    with explain_memory(f"give a smaller --batch or --size; for images from files a smaller data.max_size (now {config.data.max_size} pixels)"):
+        record = run_bench(config, device, tuple(args.parts.split(",")), args.size, args.batch, args.rounds, steps=args.steps)
     for line in bench_lines(record): print(line)
     for file in save_bench(record, args.out) if args.out else (): print(file)
     return 0
@@ -835,7 +881,7 @@ def check_software()->Iterator[tuple[str, str, str]]: # level, subject, finding
         have, need = metadata.version(name), least.get(name, "0")
         yield ("error", name, f"{have} is older than {need}: pip install --upgrade '{name}>={need}'") if _older(have, need) else ("ok", name, have)
     if find_spec("nbclient"): yield "ok", "notebooks", f"nbclient {metadata.version('nbclient')}"
-    else: yield "warning", "notebooks", "nbclient is missing, `poet figures` needs it: pip install 'poet_nb[dev]'"
+    else: yield "warning", "notebooks", "nbclient is missing, `poet figures` needs it: pip install -e '.[dev]' in the repository"
 
 # %% ../nbs/33_cli.ipynb #a6abc2b7
 def free_memory()->float|None: # GB; None where the system does not tell

@@ -224,6 +224,8 @@ class Config:
         for name in ("crop_size", "affine_scale"):
             low, high = getattr(self.data, name)
             if low > high: raise ConfigError(f"field data.{name}: {(low, high)}: give the smallest first, then the largest")
+        if self.data.buckets and self.data.pad_multiple < 32:
+            raise ConfigError(f"field data.buckets: with data.pad_multiple={self.data.pad_multiple} nearly every image is a bucket of its own; set data.pad_multiple to 32 or more (64, 128), or data.buckets=false")
 
     def to_dict(self): return dataclasses.asdict(self)
 

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Augmented',
-           'EpochBatches', 'loader_faults', 'tells_size', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader',
-           'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model',
-           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'train_step', 'compact', 'evaluate',
-           'mean_sums', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint', 'config_differences', 'restore',
-           'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log', 'check_folder', 'make_folder',
-           'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit', 'describe_line']
+           'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'PadTo', 'train_loader', 'same_size_batches',
+           'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState',
+           'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all',
+           'train_step', 'compact', 'evaluate', 'mean_sums', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
+           'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log',
+           'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit',
+           'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
-import copy, json, math, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
+import copy, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import zip_longest
@@ -25,17 +26,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .config import CheckpointError, Config, ConfigError, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, save_config, write_atomic
 from .keypoints import save_categories
-from .coco import check_alike, open_split
+from .coco import check_alike, file_sha256, open_split
 from .transforms import collate, eval_transforms, image_generator, normalize, one_thread, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
-from .weights import start_from
+from .weights import find_weights, start_from
 from .criterion import SetCriterion
 from .pretrain import DensePretrainer, seed_decoder
 from .coco_eval import evaluate_keypoints, load_ground_truth, save_results, to_coco_results
 from .buckets import BucketOrder
 from .switches import compile_parts, keep_memory
-from .distributed import (any_of, averaging, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, on_main, processes, rank, seed_process, share_of,
+from .distributed import (any_of, averaging, by_torchrun, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, mark_begun, on_main, processes, rank, seed_process, share_of,
                                  totals, world_size)
 
 # %% ../nbs/31_engine.ipynb #42dc9d0d
@@ -148,9 +149,22 @@ def tells_size(
 
 # %% ../nbs/31_engine.ipynb #c309c218
 def _worker(worker_id):
-    "Loader processes leave Ctrl-C, the first SIGTERM (a cluster sends it to all processes) and the cores to the main one."
-    signal.signal(signal.SIGINT, signal.SIG_IGN); one_thread(worker_id)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    "Loader processes leave Ctrl-C, SIGTERM (a cluster and torchrun send it to all processes) and the cores to the main one; they end when it does."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    one_thread(worker_id)
+
+
+# %% ../nbs/31_engine.ipynb #e6d7a2ef
+class LoaderProcess(multiprocessing.Process):
+    "A loader process; one that hangs is ended by SIGKILL."
+    def terminate(self): self.kill()
+
+# %% ../nbs/31_engine.ipynb #969b75b3
+def _loader_context():
+    "What a loader makes its processes with."
+    context = copy.copy(multiprocessing.get_context())
+    context.Process = LoaderProcess
+    return context
 
 # %% ../nbs/31_engine.ipynb #57f645a5
 class PadTo:
@@ -163,7 +177,7 @@ def _loader(dataset, batches, config, device):
     "A loader with the settings that training and evaluation share."
     workers = config.data.workers
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=PadTo(config.data.pad_multiple), pin_memory=config.data.pin_memory and device.type == "cuda",
-                      worker_init_fn=_worker, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
+                      worker_init_fn=_worker, multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
 
 # %% ../nbs/31_engine.ipynb #92f8ce4c
@@ -251,12 +265,12 @@ class PoetMethod:
     task = PoetLoss
 
     @staticmethod
-    def check(config:Config):
-        "Refuse a configuration that contradicts itself."
+    def check(config:Config, skeleton=None):
+        "Refuse a configuration that contradicts itself, or the skeleton of the data."
         SetCriterion(config.loss, config.model.num_classes)
 
     @staticmethod
-    def judge(model:nn.Module, config:Config, layer:int=-1):
+    def judge(model:nn.Module, config:Config, layer:int=-1, skeleton=None): # the data's skeleton, for a method whose model does not know its own
         "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
         criterion, post = SetCriterion(config.loss, config.model.num_classes), PostProcess()
         def ask(samples, targets):
@@ -442,7 +456,7 @@ def evaluate(
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = loader or eval_loader(config, device)
     truth = truth or load_ground_truth(loader.dataset)
-    judge, found, sums, images = method_of(config).judge(model, config, layer), [], {}, 0
+    judge, found, sums, images = method_of(config).judge(model, config, layer, loader.dataset.skeleton), [], {}, 0
     model.eval()
     shared = min(gathered(len(loader)))                                                                # batches that every process has
     for number, (samples, targets) in enumerate(tqdm(loader, desc="evaluate", disable=not progress, leave=False)):
@@ -551,12 +565,12 @@ class Stopped(Exception):
 # %% ../nbs/31_engine.ipynb #dbdfef61
 @contextmanager
 def stop_requests()->Iterator[threading.Event]:
-    "An event that is set by SIGINT or SIGTERM while the context lasts; the second signal acts as usual."
-    asked, old = threading.Event(), {}
+    "An event that is set by SIGINT or SIGTERM while the context lasts; then Ctrl-C stops at once, but not under torchrun, which passes on what all have had already."
+    asked, old, alone = threading.Event(), {}, not by_torchrun()
     def note(number, frame):
-        if asked.is_set(): raise KeyboardInterrupt
+        if asked.is_set() and alone and number == signal.SIGINT: raise KeyboardInterrupt
+        if not asked.is_set(): os.write(2, b"\nstopping after this step, with everything saved" + b"; Ctrl-C stops at once" * alone + b"\n")  # print is not safe in a handler
         asked.set()
-        os.write(2, b"\nstopping after this step, with everything saved; once more stops at once\n")  # print is not safe in a handler
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
     try: yield asked
@@ -654,12 +668,14 @@ def make_folder(
     folder:Path,
     device:torch.device,
     categories:list[dict], # COCO's, one a label: what is learnt
+    init:str|Path|None=None, # run folder or weights file that the run starts from
 )->None:
-    "Begin the run folder of a new run: what is to be done, on what, and where."
+    "Begin the run folder of a new run: what is to be done, on what, where, and from which weights."
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder/"config.json")
     save_categories(categories, folder/"skeleton.json")
-    write_atomic(folder/"environment.json", json.dumps(environment(config, device), indent=1) + "\n")
+    start = {} if init is None else dict(init=dict(path=str(init), sha256=file_sha256(find_weights(init, config.model.stride), progress=False)))
+    write_atomic(folder/"environment.json", json.dumps(environment(config, device) | start, indent=1) + "\n")
     for name in LOGS.values(): (folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/31_engine.ipynb #ff5545dd
@@ -707,14 +723,14 @@ def begin(config:Config, folder:Path, device:torch.device, resume:bool=False, in
     per_epoch = batches.length // batches.batch_size // config.train.accumulate
     evaluation = dict(loader=test, truth=load_ground_truth(test.dataset), train_data=loader.dataset.dataset, steps_per_epoch=per_epoch,
                       images_per_epoch=per_epoch * batches.batch_size * config.train.accumulate)
-    method_of(config).check(config)                              # a loss that contradicts itself is refused now, not after the pre-training
+    method_of(config).check(config, test.dataset.skeleton)       # a loss that contradicts itself is refused now, not after the pre-training
     found = on_main(lambda: check_folder(folder, resume))
     phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
     with main_first(): model = None if found else start_from(init, config, test.dataset.categories)[0] if init else new_model(config, phase)
     state = restore(found, config, device) if found else start_phase(phase, model, config, device)
     if not found: seed_process(config.train.seed)
     def prepare():
-        if not found: make_folder(config, folder, device, test.dataset.categories); return  # now, so that a start that fails leaves nothing behind
+        if not found: make_folder(config, folder, device, test.dataset.categories, init); return  # now, so that a start that fails leaves nothing behind
         for left in folder.glob(".*.part"): left.unlink()          # half-written by a process that was killed
         cut_log(folder/LOGS[state.phase], state.epoch)
         if state.phase == "pretrain": cut_log(folder/LOGS["poet"], 0)
@@ -740,18 +756,19 @@ def fit(
 )->list[dict]: # the log, a dict an epoch
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
     folder, device, progress = Path(folder), choose_device(config.train.device), progress and is_main()
-    with processes(device):
+    with ExitStack() as last, processes(device):
         state, loader, batches, evaluation = begin(config, folder, device, resume, init)
+        mark_begun()
+        asked = last.enter_context(stop_requests())                  # until the processes have parted: a late SIGTERM must not end one that the others wait for
         try:
-            with stop_requests() as asked:
-                while True:
-                    epochs = config.train.pretrain_epochs if state.phase == "pretrain" else config.train.epochs
-                    while state.epoch < epochs:
-                        means = train_epoch(state, loader, batches, config, folder, asked, epochs, progress)
-                        line = end_epoch(state, means, config, folder, evaluation, epochs, progress, asked)
-                        if progress: print(describe_line(state.phase, line), flush=True)
-                    if state.phase == "poet": break
-                    state = finish_pretraining(state, config, device)
+            while True:
+                epochs = config.train.pretrain_epochs if state.phase == "pretrain" else config.train.epochs
+                while state.epoch < epochs:
+                    means = train_epoch(state, loader, batches, config, folder, asked, epochs, progress)
+                    line = end_epoch(state, means, config, folder, evaluation, epochs, progress, asked)
+                    if progress: print(describe_line(state.phase, line), flush=True)
+                if state.phase == "poet": break
+                state = finish_pretraining(state, config, device)
         except Stopped:
             if is_main(): print(f"stopped after {state.phase} epoch {state.epoch}, batch {state.batch}; go on with --resume", file=sys.stderr)
         return on_main(lambda: read_log(folder))

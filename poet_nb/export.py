@@ -175,7 +175,7 @@ OPSETS = range(18, 23) # those that PyTorch's translator writes, but for 23: ONN
 def _need(package, path):
     "An optional package, or a PoetError that says how to get it."
     try: return import_module(package)
-    except ImportError: raise PoetError(f"{path}: needs the package {package}, which is optional here: pip install \"poet_nb[export]\" (or pip install onnx onnxruntime onnxscript)") from None
+    except ImportError: raise PoetError(f"{path}: needs the package {package}, which is optional here: pip install onnx onnxruntime onnxscript (or pip install -e \".[export]\" in the clone)") from None
 
 # %% ../nbs/32c_export.ipynb #6b92e222
 def export_onnx(

@@ -10,14 +10,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from poet_nb import engine
-from poet_nb.associative_embedding import (AELoss, AEMethod, AssociativeEmbedding, complete, counted_cells, decode, find_peaks, full_maps, group, quarter, read_at,
-                                           sigma_cells, tag_loss)
+from poet_nb import associative_embedding, engine
+from poet_nb.associative_embedding import (AELoss, AEMethod, AssociativeEmbedding, complete, counted_cells, decode, find_peaks, full_maps, group, mirror_order, quarter,
+                                           read_at, sigma_cells, tag_loss)
 from poet_nb.cli import main
 from poet_nb.coco import open_coco
 from poet_nb.config import AEConfig, CheckpointError, ConfigError, override, preset
 from poet_nb.engine import choose_device, evaluate, fit
-from poet_nb.keypoints import COCO_PERSON
+from poet_nb.keypoints import COCO_PERSON, Skeleton
 from poet_nb.poet import build_poet, load_weights, save_weights
 from poet_nb.pretrain import draw_heatmaps
 from poet_nb.synth import SynthConfig, make_synth
@@ -307,3 +307,52 @@ def test_what_it_cannot_do_is_refused_before_it_begins(scenes, tmp_path, changes
 
 def test_stride_four_is_not_for_poet():
     with pytest.raises(ConfigError, match="model.stride"): override(preset("poet_r50"), **{"model.stride": 4})
+
+
+# ---- seventeen joints of somebody else ------------------------------------------------------------------------------------
+
+ANT = [f"left_{k}" for k in range(8)] + [f"right_{k}" for k in range(8)] + ["head"]
+ANT_ORDER = [*range(8, 16), *range(8), 16]
+
+
+@pytest.fixture(scope="module")
+def ants(tmp_path_factory):
+    "Scenes whose joints have other names than COCO's, and so other twins."
+    root = tmp_path_factory.mktemp("ants")
+    for split, n in (("train2017", 8), ("val2017", 4)): make_synth(root, split, n=n, config=SynthConfig(size=128), seed=3, workers=1, progress=False)
+    for file in (root / "annotations").glob("*.json"):
+        coco = json.loads(file.read_text())
+        coco["categories"] = [dict(id=1, name="ant", keypoints=ANT, skeleton=[[1, 2]])]
+        file.write_text(json.dumps(coco))
+    return root
+
+
+def test_the_mirror_exchanges_the_joints_of_the_data_and_of_the_run(ants, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(associative_embedding, "mirror_order", lambda *args: asked.append(mirror_order(*args)) or asked[-1])
+    def orders(f): asked.clear(); f(); return {tuple(order) for order in asked}
+    config = override(TINY, **{"data.root": str(ants), "train.epochs": 1})
+    assert orders(lambda: fit(config, tmp_path / "run", progress=False)) == {tuple(ANT_ORDER)}         # training: the data's
+    model, image = build_poet(tmp_path / "run"), open_coco(ants, "val2017").image_path(0)
+    assert orders(lambda: model.predict(image)) == {tuple(ANT_ORDER)}                                 # prediction: the run's skeleton.json
+    assert orders(lambda: evaluate(AssociativeEmbedding(config), config, choose_device("cpu"), progress=False)) == {tuple(ANT_ORDER)} # a network that was told nothing
+    (tmp_path / "run/skeleton.json").unlink()
+    assert orders(lambda: build_poet(tmp_path / "run").predict(image)) == {COCO_PERSON.flip_permutation}
+
+
+def test_maps_of_the_mirrored_image_by_the_joints_of_the_model():
+    torch.manual_seed(0)
+    model, image = AssociativeEmbedding(TINY).eval(), torch.randn(1, 3, 64, 64)
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=.1)
+    maps = lambda x: full_maps(model, NestedTensor(x, torch.zeros(1, 64, 64, dtype=torch.bool)))[0]
+    person = maps(image)
+    model.categories = [dict(id=1, name="ant", keypoints=ANT, skeleton=[])]
+    assert torch.allclose(maps(image.flip(-1)).flip(-1)[:, ANT_ORDER], maps(image), atol=1e-5) and not torch.allclose(maps(image), person, atol=1e-3)
+
+
+def test_as_many_joints_as_the_skeleton_has():
+    five = Skeleton.from_category(dict(name="star", keypoints=["left_arm", "right_arm", "left_leg", "right_leg", "head"]))
+    assert mirror_order(override(TINY, **{"model.num_keypoints": 5}), None, five) == [1, 0, 3, 2, 4]
+    AEMethod.check(override(TINY, **{"model.num_keypoints": 5}), five)
+    with pytest.raises(ConfigError, match="ae.flip_test.*17 joints.*'star' has 5"): AEMethod.check(TINY, five)
+    AEMethod.check(override(TINY, **{"ae.flip_test": False}), five)

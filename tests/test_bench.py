@@ -1,6 +1,7 @@
 """Switches, buckets and the bench: what is compiled keeps names and numbers, an interrupted epoch of buckets goes on where it was, and what is measured is measured."""
 import copy
 import json
+import mmap
 import shlex
 import time
 
@@ -155,20 +156,78 @@ def test_how_often_a_step_waits_for_the_device():
 # ---- bench ----
 
 def test_bench_writes_what_it_measured(tmp_path, capsys):
-    words = f"bench --preset poet_tiny --size 64 --batch 2 --rounds 2 --device cpu --fast --out {tmp_path} --set model.enc_layers=1 model.dec_layers=1 data.workers=0"
-    assert cli.main(shlex.split(words + " --parts step,predict")) == 0
+    words = f"bench --preset poet_tiny --size 64x96 --batch 2 --rounds 2 --steps 2 --device cpu --fast --out {tmp_path} --set model.enc_layers=1 model.dec_layers=1 data.workers=0"
+    assert cli.main(shlex.split(words + " --parts step,train,predict")) == 0
     record = json.loads((tmp_path / "bench.json").read_text())
-    s, out = record["step"], capsys.readouterr().out
+    s, t, out = record["step"], record["train"], capsys.readouterr().out
     assert (tmp_path / "bench.png").stat().st_size > 5000 and f"{s['images_per_second']:.3g} images/s" in out and "loader" not in record
     assert s["images_per_second"] == pytest.approx(2 / s["step"]["median"]) and s["flops_per_second"] == pytest.approx(s["flops"] / s["step"]["median"])
-    assert set(s["pieces"]) == set(bench.PIECES) and all(0 < p["low"] <= p["median"] <= p["high"] for p in s["pieces"].values())
+    assert set(s["pieces"]) == set(bench.PIECES) and all(0 < p["low"] <= p["median"] <= p["high"] for p in s["pieces"].values()) and s["size"] == [64, 96]
     assert {"commit", "device_name", "threads", "torch"} <= record["environment"].keys() and s["peak_memory"] > 1e8
     assert s["share_of_ceiling"] == pytest.approx(s["flops_per_second"] / record["ceilings"][s["ceiling"]])
+    assert s["share_of_copy"] == pytest.approx(s["bytes"] / s["step"]["median"] / record["ceilings"]["copy"]) and f"{s['share_of_copy']:.0%} of the copy" in out
+    assert t["share_of_ready"] == pytest.approx(t["images_per_second"] / t["ready_images_per_second"]) and (t["steps"], t["images"]) == (2, 4)
+    assert f"{t['images_per_second']:.3g} images/s = {t['share_of_ready']:.0%} of {t['ready_images_per_second']:.3g}" in out and "fold_bn on" in out and "compile off, buckets off" in out
+
+
+@pytest.mark.parametrize("size", ["800*1066", "800x", "x800", "16x800", "800x1066x3"])
+def test_a_size_is_one_number_or_two(size, capsys):
+    assert cli.main(["bench", "--size", size]) == 2 and "HEIGHTxWIDTH" in capsys.readouterr().err
 
 
 def test_more_work_is_counted_as_more():
-    counts = [bench.bench_step(TINY, CPU, (side, side), 2, rounds=1)["flops"] for side in (64, 128)]
-    assert 3.2 < counts[1] / counts[0] < 4.5
+    small, large = (bench.bench_step(TINY, CPU, (side, side), 2, rounds=1) for side in (64, 128))
+    assert 3.2 < large["flops"] / small["flops"] < 4.5
+    fixed = 7 * 4 * sum(p.numel() for p in new_model(TINY).parameters() if p.requires_grad)       # what AdamW moves, whatever the images
+    assert fixed < small["bytes"] < large["bytes"] < 4.5 * small["bytes"]
+
+
+def test_bytes_of_a_layer_by_hand():
+    x, layer = torch.ones(32, 64, requires_grad=True), torch.nn.Linear(64, 16, bias=False)
+    sizes = 32 * 64, 64 * 16, 32 * 16                                                              # input, weights, output
+    assert bench.count_bytes(lambda: layer(x)) == 4 * sum(sizes)
+    y, gradient = layer(x), torch.ones(32, 16)
+    assert bench.count_bytes(lambda: torch.autograd.grad(y, [x, layer.weight], gradient)) == 4 * 2 * sum(sizes)
+    layer.to(torch.bfloat16)
+    with torch.no_grad(): assert bench.count_bytes(lambda: layer(x.bfloat16())) == 4 * sizes[0] + 2 * (2 * sizes[0] + sizes[1] + sizes[2])
+
+
+class Clock:
+    "Time that passes only where it is told to."
+    def __init__(self): self.now = 0.
+    def perf_counter(self): return self.now
+    def takes(self, seconds, f): return lambda *args: (f(*args), setattr(self, "now", self.now + seconds))[0]
+
+
+def test_a_slow_loader_shows_in_training_and_a_fast_one_does_not(data, monkeypatch):
+    config, clock, steps, plan = override(TINY, **{"data.root": str(data), "data.workers": 0}), Clock(), [], bench.train_loader
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "train_step", clock.takes(1., lambda state, parts, *_: steps.append([int(t["image_id"]) for t in parts[0][1]])))
+    fast = bench.bench_train(config, CPU, steps=3)
+    assert (fast["share_of_ready"], fast["images_per_second"], fast["steps"], fast["images"]) == (1, 2, 3, 6)
+    assert steps[1:4] == [steps[0], *steps[2:4]] and steps[4] == steps[1] and steps[5:8] == [*steps[2:4], steps[1]] # warm, three ready-made; from files one to begin, and three
+    def slow_loader(*args):
+        loader, batches = plan(*args)
+        loader.dataset.transforms = clock.takes(.75, loader.dataset.transforms)                                     # two images a batch: half as long again as a step
+        return loader, batches
+    monkeypatch.setattr(bench, "train_loader", slow_loader)
+    slow = bench.bench_train(config, CPU, steps=3)
+    assert (slow["share_of_ready"], slow["ready_images_per_second"], slow["images_per_second"]) == (.4, 2, .8)
+
+
+def test_the_loader_of_processes_is_timed_in_its_steady_state(data):
+    config = override(TINY, **{"data.root": str(data), "data.workers": 2})
+    found = bench.bench_loader(config, CPU, 1)
+    assert found["workers"] == 2 and found["images"] == 2 * 2 * 2
+
+
+def test_each_part_has_its_own_peak_where_the_system_lets_it_be_forgotten():
+    if not bench.forget_peak(CPU): pytest.skip("the peak can't be forgotten here")
+    with mmap.mmap(-1, 2**27) as hog:                                                              # given back for sure, whatever malloc was told before
+        hog.write(b"x" * 2**27)
+        high = bench.peak_memory(CPU)
+    assert bench.peak_memory(CPU) >= high > 2**27 and bench.forget_peak(CPU)
+    assert bench.peak_memory(CPU) < high - 2**26
 
 
 def test_a_missing_dataset_is_drawn_and_removed(tmp_path):

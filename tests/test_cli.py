@@ -1,4 +1,5 @@
 "The program `poet`: help, errors without traceback, and the whole chain from data to predictions on a tiny dataset."
+import argparse
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 import poet_nb
-from poet_nb import cli, engine
+from poet_nb import cli, engine, weights
 from poet_nb.config import DataError, PoetError, load_config
 from poet_nb.synth import SynthConfig, make_synth
 
@@ -236,7 +237,90 @@ def test_a_run_can_start_from_another(trained, poet):
     assert not Path("fourth").exists()
 
 
+# ---- weights of others ----
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    "A small checkpoint of the authors' layout, which tells its stride."
+    from poet_nb.config import override, preset
+    from poet_nb.poet import Poet
+    torch.manual_seed(0)
+    config = override(preset("poet_r50"), **{"model.backbone": "resnet18", "model.hidden_dim": 16, "model.nheads": 2, "model.enc_layers": 1, "model.dec_layers": 2, "model.dim_feedforward": 16,
+                                             "model.num_queries": 7, "model.num_classes": 2})
+    state = {name.replace("backbone.body.", "backbone.0.body."): value for name, value in Poet(config).state_dict().items()}
+    path = tmp_path_factory.mktemp("theirs") / "checkpoint.pth"
+    torch.save(dict(model=state, args=argparse.Namespace(dilation=False, nheads=2)), path)
+    return path
+
+
+def test_weights_without_a_run(data, trained, theirs, tmp_path, poet, monkeypatch):
+    "A run's file, one of the authors' layout, an address, a name on the hub, a bare file: each predicted and scored without a run folder of its own."
+    picture = data / "val2017/000000000001.jpg"
+    def poses(*words):
+        code, _, err = poet("predict", picture, *words, "--threshold", 0, "--no-overlays", "--quiet")
+        assert code == 0, err
+        return json.loads(Path("predictions/predictions.json").read_text())["annotations"]
+    wanted, bare = poses("--run", trained), tmp_path / "bare.safetensors"
+    shutil.copy(trained / "model.safetensors", bare)
+    monkeypatch.setattr(weights, "hub_folder", lambda repo: {"me/poet": trained}[repo])
+    for words in (("--weights", trained), ("--weights", trained / "model.safetensors"), ("--weights", "me/poet"), ("--run", trained, "--weights", bare)): assert poses(*words) == wanted, words
+    official = poses("--weights", theirs)
+    assert len(official) == 7 and len(official[0]["keypoints"]) == 51 and official != wanted
+    monkeypatch.setenv("POET_HOME", str(tmp_path / "home"))
+    (tmp_path / "home/official").mkdir(parents=True)
+    shutil.copy(theirs, tmp_path / "home/official/poet_r50.pth")
+    assert poses("--weights", "official") == official
+    small = ["--set", "data.scales=[64]", "data.eval_scale=64", "data.max_size=64", "data.crop_prob=0", "data.workers=0", "--data", data, "--json", "--quiet", "--device", "cpu"]
+    for words in (("--weights", "me/poet"), ("--weights", theirs)):
+        code, out, err = poet("eval", *words, *small)
+        assert code == 0 and json.loads(out)["images"] == 4, err
+
+
+def test_weights_that_do_not_help_say_what_does(data, trained, theirs, tmp_path, poet, monkeypatch):
+    picture, bare, silent = data / "val2017/000000000001.jpg", tmp_path / "bare.safetensors", tmp_path / "silent.pth"
+    shutil.copy(trained / "model.safetensors", bare)
+    torch.save(dict(model=torch.load(theirs, weights_only=False)["model"]), silent)
+    monkeypatch.setenv("POET_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    cases = {("nothing.pth",): ("nothing.pth", "no such file", "owner/name"), (bare,): (bare, "does not tell its network", "--run"), (bare, "--run", "poet_r51"): ("poet_r51", "no such run folder"),
+             (bare, "--run", "poet_r50"): (bare,), (silent,): (silent, "stride", "--run: poet_r50 (stride 32) or poet_dc5_r50 (stride 16)"), ("official",): ("poet_r50.pth", "put it there"), ("me/poet",): ("me/poet", "pip install huggingface_hub")}
+    for words, parts in cases.items():
+        for command in (("predict", picture), ("eval", "--data", data)): refused(poet(*command, "--weights", *words, "--quiet"), *parts)
+    refused(poet("eval", "--weights", bare, "--results", "a.json", "--annotations", "b.json"), "--weights and --results")
+
+
+def test_training_starts_from_a_name_on_the_hub(trained, poet, monkeypatch):
+    "With its configuration, as from a run folder."
+    monkeypatch.setattr(weights, "hub_folder", lambda repo: {"me/poet": trained}[repo])
+    code, _, err = poet("train", "--run", "second", "--init", "me/poet", "--quiet", "--set", "train.epochs=1", "train.lr=1e-6", "train.lr_backbone=1e-6")
+    assert code == 0 and load_config("second").model == load_config(trained).model, err
+
+
 # ---- errors ----
+
+LAYOUT = ("data/README.md", "notebook 72")
+
+
+@pytest.mark.parametrize("name, files, split, parts", [
+    ("my animals", None, "train2017", ["poet data synth --folder 'my animals'"]), ("empty", [], "train2017", ["poet data synth --folder empty"]),
+    ("coco", ["zips/train2017.zip"], "train2017", ["poet data coco --folder coco", "downloads COCO"]),
+    ("herd", ["annotations/person_keypoints_all.json"], "train2017", ["but there is person_keypoints_all.json", "--set data.train=NAME data.val=NAME", "train2017 and val2017", *LAYOUT]),
+    ("my_coco", ["annotations/person_keypoints_all.json"], "val2017", ["--set data.train=NAME data.val=NAME", *LAYOUT]),
+    ("herd", ["annotations/animals.json", "1.jpg"], "train2017", ["but there is animals.json", "annotations/person_keypoints_NAME.json", *LAYOUT]), ("herd", ["1.jpg"], "train2017", [*LAYOUT])])
+def test_a_missing_split_of_somebody_elses_data_is_not_drawn(tmp_path, poet, name, files, split, parts):
+    root = tmp_path / name
+    for file in files or []: (root / file).parent.mkdir(parents=True, exist_ok=True); (root / file).write_text('{"info": {"description": "mine"}}')
+    if files == []: root.mkdir()
+    line = refused(poet("train", "--run", "run", "--data", name, "--set", f"data.train={split}"), f"person_keypoints_{split}.json", *parts)
+    assert ("poet data" in line) == ("poet data" in parts[0])
+
+
+def test_a_missing_split_of_drawn_people_can_be_drawn(data, tmp_path, poet):
+    shutil.copytree(data, tmp_path / "people")
+    (tmp_path / "people/annotations/person_keypoints_train2017.json").unlink()
+    refused(poet("train", "--run", "run", "--data", "people"), "but there is person_keypoints_val2017.json", "poet data synth --folder people")
+    assert "poet data" not in refused(poet("train", "--run", "run", "--data", "people", "--set", "data.train=all"), "--set data.train=NAME")
+
 
 def test_errors_of_train_name_field_and_remedy_before_anything_is_written(data, poet):
     cases = {("--set", "train.epohcs=5"): ("epohcs", "did you mean 'epochs'"), ("--set", "train.epochs"): ("train.epochs", "PART.FIELD=VALUE"),

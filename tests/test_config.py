@@ -39,7 +39,8 @@ CONFIGS = st.fixed_dictionaries({}, optional={f: values(*f) for f in FIELDS}).ma
 
 def together(part, chosen):
     "Fields that bind each other are set as a pair."
-    return {"model": dict(hidden_dim=24, nheads=chosen.get(("model", "nheads"), 4)), "train": dict(batch_size=12, accumulate=chosen.get(("train", "accumulate"), 1))}.get(part, {})
+    buckets = dict(pad_multiple=max(32, chosen.get(("data", "pad_multiple"), 32))) if chosen.get(("data", "buckets")) else {}
+    return {"model": dict(hidden_dim=24, nheads=chosen.get(("model", "nheads"), 4)), "train": dict(batch_size=12, accumulate=chosen.get(("train", "accumulate"), 1)), "data": buckets}.get(part, {})
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**20, 10**20) | st.floats() | TEXT, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=5)
@@ -142,10 +143,19 @@ WRONG = {
     "model.dropout": [-.1, 1.1, float("nan"), "a"], "model.enc_layers": [-1], "model.frozen_stages": [-1], "loss.loss": ["POET"], "loss.eos_coef": [-1, float("nan"), float("inf")],
     "data.scales": [[], [0], [-5], [480, "512"], 480, [1.5], [[480]], [True]], "data.crop_size": [[400], [1, 2, 3], [600, 384], [0, 5], []], "data.crop_resize": [[0]],
     "data.max_size": [0], "data.root": [3, None, ["a"]], "data.workers": [-1], "data.with_people_only": [1, "yes"], "data.rotation_degrees": [float("nan"), -1],
-    "train.batch_size": [0, 1.5], "train.accumulate": [0, 5], "train.lr": [0, -1e-4, float("inf"), float("nan"), "fast"], "train.weight_decay": [-1, float("nan")],
+    "data.buckets": [True, "on"], "train.batch_size": [0, 1.5], "train.accumulate": [0, 5], "train.lr": [0, -1e-4, float("inf"), float("nan"), "fast"], "train.weight_decay": [-1, float("nan")],
     "train.schedule": ["linear"], "train.lr_drops": [[-1], 200], "train.amp": ["fp8"], "train.ema_decay": [1.5], "train.seed": [-1, .5], "train.eval_every": [0], "train.epochs": [0],
     "train.pretrain_lr": [0, float("nan")], "train.nonfinite_patience": [0],
 }
+
+
+@pytest.mark.parametrize("multiple", [1, 31, 32, 128])
+def test_buckets_want_sides_that_are_rounded_up(multiple):
+    want = lambda: override(preset("poet_r50"), **{"data.buckets": True, "data.pad_multiple": multiple})
+    if multiple >= 32: assert want().data.buckets
+    else:
+        with pytest.raises(ConfigError, match=f"data.buckets: .*data.pad_multiple={multiple} "): want()
+    assert not override(preset("poet_r50"), **{"data.pad_multiple": multiple}).data.buckets
 
 
 @pytest.mark.parametrize("field, value", [(f, v) for f, vs in WRONG.items() for v in vs], ids=lambda x: str(x)[:24])

@@ -1,4 +1,5 @@
 """Several processes train as one does: the same losses and weights, every image scored once, one writer, and a killed process is a restart."""
+import contextlib
 import json
 import math
 import os
@@ -8,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
 from poet_nb import cli
-from poet_nb.config import override, preset
-from poet_nb.distributed import share_of
+from poet_nb.config import PoetError, override, preset
+from poet_nb.distributed import fresh_part, mark_begun, share_of, was_restarted
 from poet_nb.engine import EpochBatches, fit
 from poet_nb.synth import SynthConfig, make_synth
 
@@ -40,6 +43,9 @@ def small(root, **changes):
         "train.lr": 1e-3, "train.eval_every": 4, "train.ema_decay": .9} | changes))
 
 
+STARTED = [] # by the present test
+
+
 def launch(config, run, *more, processes=2, nodes=None, environment={}, script=None):
     "`torchrun` with processes on this machine; the process object."
     file = run.parent / f"{run.name}.json"
@@ -48,15 +54,39 @@ def launch(config, run, *more, processes=2, nodes=None, environment={}, script=N
     what = [script] if script else ["-m", "poet_nb.cli", "train", "--config", file, "--folder", run, "--quiet", *more]
     words = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", processes, *what]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="lo") | environment
-    return subprocess.Popen([str(w) for w in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    STARTED.append(subprocess.Popen([str(w) for w in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True))
+    return STARTED[-1]
 
 
-def finish(job, seconds=150):
-    "Its output; the whole family is gone afterwards."
+def family(pid):
+    "Process numbers of a process and all that come from it: torchrun gives each of its processes a session of its own."
+    pairs = [tuple(map(int, line.split())) for line in subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.splitlines()]
+    found = [pid]
+    for one in found: found += [child for child, parent in pairs if parent == one]
+    return found
+
+
+def send(job, number):
+    "A signal to the whole family, as a cluster sends it."
+    for pid in family(job.pid):
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, number)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    "Whatever becomes of a test."
+    STARTED.clear()
+    yield
+    for job in STARTED:
+        if job.poll() is None: send(job, signal.SIGKILL); job.communicate()
+
+
+def finish(job, seconds=300):
+    "Its output. The limit is there for what hangs: beside other work the start of PyTorch alone has taken a minute."
     try: return job.communicate(timeout=seconds)[0]
-    finally:
-        try: os.killpg(job.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
+    except subprocess.TimeoutExpired as error:
+        said = error.output or ""
+        raise AssertionError(f"still running after {seconds} s; it said\n{(said if isinstance(said, str) else said.decode(errors='replace'))[-6000:]}") from None
 
 
 def log_of(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -89,6 +119,18 @@ def test_commands_of_the_notebook_are_understood():
         assert (run.training_script, run.module, run.max_restarts) == ("poet_nb.cli", True, 3)
         args = cli.make_parser().parse_args(run.training_script_args)
         assert args.run == Path("data/runs/coco") and args.preset == "poet_r50", line
+        train = override(preset(args.preset), **dict(word.split("=", 1) for word in args.set)).train
+        assert train.batch_size // train.accumulate >= int(run.nnodes.split(":")[-1]) * int(run.nproc_per_node), f"{line}: every process needs an image"
+    script = text.partition("#!/bin/bash")[2].partition("```")[0]
+    assert script.index("activate") < script.index("srun"), "torchrun is in the environment"
+
+
+def test_the_fast_command_is_understood():
+    text = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/30c_switches.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    line, = (line for line in text.replace("\\\n", " ").splitlines() if line.startswith("poet train"))
+    args = cli.make_parser().parse_args(shlex.split(line)[1:])
+    config = cli.train_config(args)
+    assert (config.train.amp, config.train.compile, config.train.fold_bn, config.train.channels_last, config.data.buckets, config.data.pad_multiple) == ("bf16", True, True, True, True, 128)
 
 
 SGD = """
@@ -189,6 +231,105 @@ def test_a_bad_batch_in_one_process_is_left_out_by_all(people, tmp_path):
     assert [line["batch"] for line in lines] == [3, 5] and all(len(set(line["images"])) == 6 for line in lines), "the images of both processes are named"
 
 
+def test_a_restart_is_known_by_what_torchrun_keeps(monkeypatch):
+    "Its count is another on each machine: 0 where nobody died, 1 where a start was refused."
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in dict(USE_AGENT_STORE="True", RESTART_COUNT="1").items(): monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1"), monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert not was_restarted()
+    mark_begun()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert was_restarted()
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert not was_restarted(), "each start has a store of its own: then the count is all there is"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert was_restarted()
+
+
+def test_addresses_of_the_dead_are_not_read():
+    "Three rounds over the store that torchrun keeps, with a process of the second that dies in the middle of the meeting."
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    def meet(me, turn):
+        part = fresh_part(dist.TCPStore("127.0.0.1", server.port, is_master=False), me, 3, minutes=1)
+        assert not part.check([f"address/{me}"])
+        part.set(f"address/{me}", turn)
+        return [part.get(f"address/{other}").decode() for other in range(3)]
+    for turn in "ac":
+        with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda me: meet(me, turn), range(3)))
+        assert found == [[turn] * 3] * 3
+        with ThreadPoolExecutor(3) as pool: # process 2 does not come
+            late = [pool.submit(fresh_part, dist.TCPStore("127.0.0.1", server.port, is_master=False), me, 3, .02) for me in (0, 1)]
+            with pytest.raises(PoetError, match="process 2 has not come"): late[0].result()
+
+
+REFUSED_ONCE = """
+import sys
+from pathlib import Path
+from poet_nb import cli
+from poet_nb.distributed import leave, was_restarted
+with open(RUN + ".starts", "a") as f: f.write(f"{was_restarted()} ")
+leave(cli.main(["train", "--config", CONFIG, "--folder", RUN, "--quiet"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_refused_start_is_not_a_restart(people, tmp_path):
+    "A folder that holds a run is refused; torchrun tries again, and must not go on with that run because of it."
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    script = tmp_path / "again.py"
+    script.write_text(REFUSED_ONCE.replace("CONFIG", repr(str(tmp_path / "run.json"))).replace("RUN", repr(str(run))))
+    job = launch(small(people), run, nodes=["--standalone", "--max-restarts", 1, "--monitor-interval", ".1"], script=script)
+    said = finish(job)
+    assert job.returncode and said.count("holds a run already") == 2, said[-3000:]
+    starts = (tmp_path / "run.starts").read_text().split()
+    assert len(starts) >= 3 and set(starts) == {"False"}, starts
+    assert [p.name for p in run.iterdir()] == ["config.json"]
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+import poet_nb.engine as engine
+from poet_nb import cli
+from poet_nb.distributed import leave, rank
+step, sent = engine.train_step, Path(RUN + ".sent")
+def told(state, *args):
+    if state.batch == 2 and not sent.exists():
+        Path(f"{RUN}.{rank()}").touch()
+        while not sent.exists(): time.sleep(.01)
+        time.sleep(1)                                         # torchrun has had time to pass its signal on
+    return step(state, *args)
+engine.train_step = told
+leave(cli.main(["train", "--config", CONFIG, "--folder", RUN, "--quiet", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_to_the_whole_job_saves_once_and_the_run_goes_on(people, tmp_path, name):
+    "A cluster sends it to torchrun, processes and loader processes; torchrun passes it on, so the processes have it twice."
+    config, run = small(people, **{"train.epochs": 1, "train.eval_every": 1, "data.workers": 1}), tmp_path / "run"
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED.replace("CONFIG", repr(str(tmp_path / "run.json"))).replace("RUN", repr(str(run))))
+    job, end = launch(config, run, script=script), time.monotonic() + 200
+    while not all((tmp_path / f"run.{me}").exists() for me in (0, 1)) and time.monotonic() < end: time.sleep(.05)
+    assert len(family(job.pid)) >= 5, "torchrun, two processes, a loader process of each"
+    send(job, getattr(signal, name))
+    (tmp_path / "run.sent").touch()
+    said = finish(job)
+    assert "go on with --resume" in said and "KeyboardInterrupt" not in said and "DataLoader worker" not in said, said[-4000:]
+    found = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert (found["phase"], found["epoch"], found["batch"]) == ("poet", 0, 3), "the step was finished, and is counted"
+    jobs = [launch(config, run, "--resume")] + ([launch(config, tmp_path / "whole")] if name == "SIGINT" else []) # the slow one
+    torch.set_num_threads(1)
+    whole = fit(override(config, **{"data.workers": 0}), tmp_path / "alone", progress=False)
+    said = [finish(job) for job in jobs]
+    assert all(job.returncode == 0 for job in jobs), "\n=====\n".join(said)
+    same(whole, log_of(run), 1e-4)
+    if name == "SIGINT": same(log_of(tmp_path / "whole"), log_of(run), 1e-6)
+
+
 def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
@@ -199,13 +340,13 @@ def test_two_machines_and_a_process_that_is_killed(people, tmp_path):
     meet = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--max-restarts", 5, "--monitor-interval", ".1"]
     run = tmp_path / "run"
     jobs = [launch(config, run, processes=1, nodes=meet) for _ in range(2)]
-    victim, limit = None, time.monotonic() + 90
+    victim, limit = None, time.monotonic() + 200
     while victim is None and time.monotonic() < limit: # a worker, as soon as there is something to go on from
         time.sleep(.02)
         if (run / "checkpoint.pt").exists():
             children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(jobs[1].pid)], capture_output=True, text=True).stdout.splitlines()
             victim = next((int(line.split()[0]) for line in children if "poet_nb.cli" in line or "train" in line), None)
-    assert victim, "no process was found to be killed"
+    assert victim, "no process was found to be killed\n" + "\n=====\n".join(finish(job, 1) for job in jobs)
     before = (run / "environment.json").read_text()
     os.kill(victim, signal.SIGKILL)
     said = [finish(job) for job in jobs]

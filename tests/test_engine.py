@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import errno
+import hashlib
 import json
 import math
 import os
@@ -278,15 +279,28 @@ def test_a_signal_during_an_evaluation_breaks_it_off_and_nothing_is_lost(runs, t
     assert difference(left_by(whole), left_by(tmp_path / "run")) is None
 
 
-def test_the_second_signal_stops_at_once_and_handlers_are_given_back():
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_after_any_signal_stops_at_once_and_handlers_are_given_back(first):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         with engine.stop_requests() as asked:
             assert not asked.is_set()
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(first)
             assert asked.is_set()
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_sigterm_does_nothing_more_and_under_torchrun_no_second_signal_does(monkeypatch, capfd):
+    with engine.stop_requests() as asked:
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM): signal.raise_signal(s)
+        assert asked.is_set()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with engine.stop_requests() as asked:
+        for s in (signal.SIGINT, signal.SIGINT, signal.SIGTERM): signal.raise_signal(s)
+        assert asked.is_set()
+    one, two = (line for line in capfd.readouterr().err.splitlines() if line)
+    assert "Ctrl-C stops at once" in one and "everything saved" in two and "Ctrl-C" not in two, "said once a run, and only what is true"
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
@@ -556,9 +570,11 @@ def test_a_run_can_start_from_another_run_or_its_weights(runs, scenes, tmp_path)
     config, firsts = small(scenes, **{"train.epochs": 1}), []
     for i, source in enumerate((whole, whole / "model.safetensors")):
         log = fit(config, tmp_path / str(i), init=source, progress=False)
+        assert json.loads((tmp_path / str(i) / "environment.json").read_text())["init"] == dict(path=str(source), sha256=hashlib.sha256((whole / "model.safetensors").read_bytes()).hexdigest())
         assert not (tmp_path / str(i) / "pretrain.jsonl").exists(), "no pretraining: the weights are trained"
         firsts.append(log[0]["train"])
     assert firsts[0] == firsts[1] != without_times(whole, "metrics.jsonl")[0]["train"]
+    assert "init" not in json.loads((whole / "environment.json").read_text())
 
 
 # ---- mixed precision ----------------------------------------------------------------------------------------------------

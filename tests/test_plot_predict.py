@@ -1,6 +1,8 @@
 "Drawing and prediction: odd images, odd poses, odd logs, and bytes that do not change."
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 
 from poet_nb.config import DataConfig, DataError, ModelConfig, NonFiniteError, PoetError, preset, replace
 from poet_nb.keypoints import Skeleton
-from poet_nb.plot import (contact_sheet, draw_poses, gallery, joint_states, lr_drops, overlay_poses, person_color, plot_losses, plot_map,
+from poet_nb.plot import (FALSE_COLOR, contact_sheet, draw_poses, gallery, join_logs, joint_states, lr_drops, overlay_poses, person_color, plot_losses, plot_map,
                           plot_predictions, read_metrics, run_caption, to_image)
 from poet_nb.poet import build_poet
 from poet_nb.predict import draw_predictions, iter_images, iter_predictions, load_image, predict
@@ -110,6 +112,18 @@ def test_sheets_and_rows_take_any_shapes(picture):
     assert len(fig.axes) == 1
 
 
+def test_false_predictions_look_false(picture):
+    poses = [[[10, 5, 2], [80, 50, 2]], [[20, 20, 1], [30, 30, 2]], [[5, 5, .9], [9, 9, .1]]]
+    for false in ((), (1,), (0, 1, 2)):
+        ax = plot_predictions({"row": [dict(image=picture, keypoints=poses[:2], scores=[.9, .8], false=[i for i in false if i < 2])]}, PAIR).axes[0]
+        limbs = [(c, segment.tolist()) for c in ax.collections if isinstance(c, matplotlib.collections.LineCollection) for segment in c.get_segments()]
+        look = {tuple(map(tuple, segment)): (c.get_linestyle()[0][1] is not None, matplotlib.colors.to_hex(c.get_colors()[0]).upper()) for c, segment in limbs}
+        for i, pose in enumerate(poses[:2]):
+            wanted = (True, FALSE_COLOR.upper()) if i in false else (False, person_color(i))
+            assert look[tuple(tuple(joint[:2]) for joint in pose)] == wanted
+        assert sorted(t.get_text() for t in ax.texts) == ["0.80", "0.90"]
+
+
 SAVE = """
 import sys, numpy as np, matplotlib; matplotlib.use("Agg")
 from poet_nb.keypoints import Skeleton
@@ -129,6 +143,23 @@ def test_a_figure_has_the_same_bytes_in_another_process(tmp_path):
         first, second = ((tmp_path / name / f"sheet.{kind}").read_bytes() for name in ("here", "there"))
         assert first == second and len(first) > 500
         assert matplotlib.__version__.encode() not in first
+
+
+@pytest.mark.slow
+def test_a_figure_notebook_writes_the_same_bytes_whenever_it_runs(tmp_path):
+    root, names = Path(__file__).parents[1], ("fig4_losses", "fig6_map")
+    written = []
+    for attempt, seed in (("first", "1"), ("second", "2")):
+        there = tmp_path / attempt
+        (there / "nbs").mkdir(parents=True); (there / "data").symlink_to(root / "data")
+        for part in ("settings.ini", "poet_nb"): (there / part).symlink_to(root / part)
+        for notebook in ("53_fig4_losses", "55_fig6_map"): shutil.copy(root / f"nbs/{notebook}.ipynb", there / "nbs")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("POET_")} | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, root / "tools/execute.py", "--root", there, "--no-write"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        written.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((there / "figures").iterdir())})
+    assert written[0] == written[1] and sorted(written[0]) == sorted(f"{name}.{kind}" for name in names for kind in ("png", "svg"))
+    assert len(set(written[0].values())) == 4
 
 
 # ---- logs
@@ -167,6 +198,18 @@ def test_figures_show_the_log(tmp_path):
     assert axes[1].get_lines()[1].get_ydata().tolist() == [line["val"]["loss_centers"] for line in lines[::2]]
     curve = plot_map(table).axes[0].get_lines()[0]
     assert curve.get_xdata().tolist() == [1, 3, 5, 7, 9] and curve.get_ydata().tolist() == [line["coco"]["AP"] for line in lines[::2]]
+
+
+def test_a_run_that_went_on_from_another(tmp_path):
+    parts = {}
+    for name, first, epochs in (("a", 1, 4), ("b", 1, 3), ("c", 3, 2)):              # the last one's own log begins at epoch 3
+        (tmp_path / name).mkdir()
+        parts[name] = read_metrics(log(tmp_path / name, [dict(epoch=e, lr=1e-3 / e, train=dict(loss_ce=1. / e), coco=dict(AP=e / 10)) for e in range(first, first + epochs)]))
+    joined, starts = join_logs(parts)
+    assert joined.epoch.tolist() == [*range(1, 8), 10, 11] and starts == {1: "a", 5: "b", 10: "c"}
+    for ax in (plot_map(joined, starts=starts).axes[0], plot_losses(joined, starts=starts).axes[0]):
+        assert [t.get_text() for t in ax.texts][-3:] == ["a", "b", "c"] and [float(line.get_xdata()[0]) for line in ax.lines[-2:]] == [4.5, 9.5]
+    assert joined["coco/AP"].tolist() == [e / 10 for e in (1, 2, 3, 4, 1, 2, 3, 3, 4)]
 
 
 def test_smooth_schedules_have_no_drops(tmp_path):

@@ -114,6 +114,11 @@ def test_layers(poet, run):
     with pytest.raises(ConfigError, match="layer 3"): model.predict("a.png", layer=3)
 
 
+def test_the_help_says_what_a_threshold_means(poet):
+    code, out, _ = poet("predict", "--help")
+    assert code == 0 and "0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: 0.5)" in " ".join(out.split())
+
+
 def test_only_some_frames(poet):
     clip("a.mp4"), clip("b.mp4", 2)
     code, out, _ = poet("predict", "a.mp4", "b.mp4", "--threshold", 0, "--max-frames", 3)

@@ -43,7 +43,7 @@ def test_the_budget_is_the_same():
         logs = [read_metrics(folder / name) for name in ("pretrain.jsonl", "metrics.jsonl") if (folder / name).is_file()]
         config = load_config(folder)
         assert [len(log) for log in logs] == [n for n in (config.train.pretrain_epochs, config.train.epochs) if n], folder.name
-        minutes[folder.name] = sum(len(log) * log["seconds"].median() for log in logs) / 60
+        minutes[folder.name] = sum(len(log) * log["seconds"].min() for log in logs) / 60 # the least disturbed epoch: other work ran beside them
     assert max(minutes.values()) < 1.35 * min(minutes.values()), minutes
 
 
