@@ -226,7 +226,7 @@ def test_each_part_has_its_own_peak_where_the_system_lets_it_be_forgotten():
     with mmap.mmap(-1, 2**27) as hog:                                                              # given back for sure, whatever malloc was told before
         hog.write(b"x" * 2**27)
         high = bench.peak_memory(CPU)
-    assert bench.peak_memory(CPU) >= high > 2**27 and bench.forget_peak(CPU)
+    assert bench.peak_memory(CPU) > high - 2**22 and high > 2**27 and bench.forget_peak(CPU)         # the kernel counts pages in lumps, per thread
     assert bench.peak_memory(CPU) < high - 2**26
 
 

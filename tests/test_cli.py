@@ -21,6 +21,7 @@ import poet_nb
 from poet_nb import cli, engine, weights
 from poet_nb.config import DataError, PoetError, load_config
 from poet_nb.synth import SynthConfig, make_synth
+from test_engine import StopAfter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("model.hidden_dim=16 model.nheads=2 model.enc_layers=1 model.dec_layers=2 model.dim_feedforward=16 model.query_groups=1 "
@@ -198,17 +199,13 @@ def test_ctrl_c_ends_with_130_and_a_run_to_go_on_with(data, poet):
     refused(poet("train", "--run", "stopped", "--resume", "--set", "model.dec_layers=3"), "model.dec_layers")
 
 
-class StopAfter(threading.Event):
-    "An event that sets itself after being asked n times."
-    def __init__(self, n): super().__init__(); self.n = n
-    def is_set(self): self.n -= 1; return self.n < 0
-
-
 def test_resume_equals_an_uninterrupted_run(data, trained, poet, monkeypatch):
     "Stopped in the middle of the second epoch, and gone on with by the line that was printed: the same losses."
     words = ["--data", data, "--quiet", "--set", "train.epochs=2", *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(StopAfter(2)))
+        asked = StopAfter(3)
+        patch.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(asked))
+        patch.setattr(engine, "train_step", asked.train_step)
         code, out, err = poet("train", "--run", "mine", *words)
     assert code == 130 and "mine: 1 of 2 epochs" in out and "stopped" in err
     line = out.splitlines()[-1]

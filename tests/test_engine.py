@@ -87,20 +87,24 @@ def runs(scenes, tmp_path_factory):
 
 
 class StopAfter(threading.Event):
-    "A request to stop that comes after so many steps."
+    "A request to stop that comes after so many steps of `train_step`."
     def __init__(self, steps):
         super().__init__()
-        self.left = steps
+        self.left, self.step = steps, engine.train_step
 
-    def is_set(self):
-        self.left -= 1
-        return self.left <= 0
+    def train_step(self, *args):
+        try: return self.step(*args)
+        finally:
+            self.left -= 1
+            if self.left <= 0: self.set()
 
 
 def fit_for(monkeypatch, steps, config, folder, resume=True):
     "Train for some steps, then stop as after Ctrl-C."
+    stop = StopAfter(steps)
     with monkeypatch.context() as m:
-        m.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(StopAfter(steps)))
+        m.setattr(engine, "stop_requests", lambda: contextlib.nullcontext(stop))
+        m.setattr(engine, "train_step", stop.train_step)
         return fit(config, folder, resume=resume, progress=False)
 
 
