@@ -43,8 +43,10 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
     "A run of two epochs; whoever changes it works on a copy."
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    assert cli.main(["train", "--run", str(run), "--data", str(data), "--quiet", "--set", "train.epochs=2", *TINY]) == 0
+    run, threads = tmp_path_factory.mktemp("runs") / "trained", torch.get_num_threads()
+    torch.set_num_threads(1)                                     # as in the tests, whose fixture comes after this one
+    try: assert cli.main(["train", "--run", str(run), "--data", str(data), "--quiet", "--set", "train.epochs=2", *TINY]) == 0
+    finally: torch.set_num_threads(threads)
     return run
 
 
