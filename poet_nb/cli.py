@@ -8,10 +8,10 @@ __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 
            'split_remedy', 'find_data', 'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config',
            'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index', 'model_named',
            'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'run_eval', 'expand_sources',
-           'overlay_path', 'run_categories', 'run_skeleton', 'PredictJob', 'predict_images', 'predict_frames_of',
-           'local_files', 'run_job', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures',
-           'image_size', 'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine',
-           'check_split', 'check_datasets', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
+           'overlay_path', 'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict',
+           'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command',
+           'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets',
+           'check_dataset', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -29,18 +29,18 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .config import CheckpointError, Config, ConfigError, DataError, PoetError, load_config, override, preset, write_atomic
-from .keypoints import COCO_PERSON, DEFAULT_SIGMA, Skeleton
+from .keypoints import COCO_PERSON, Skeleton
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
 from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, open_split
 from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
-from .weights import categories_beside, find_weights, is_hub_id, layout, official_poet, read_options, start_from
+from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
-from .results import ResultsWriter, plain_categories
+from .results import ResultsWriter
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, is_url, layer_index as find_layer, load_image, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -598,21 +598,6 @@ def overlay_path(
     while name.lower() in taken: n += 1; name = f"{file.stem}_poses_{n}{ending}"
     taken.add(name.lower())
     return folder / name
-
-# %% ../nbs/33_cli.ipynb #f644ee52
-def run_categories(
-    run:Path|Config, # run folder, or a configuration alone
-)->list[dict]: # COCO categories, one a label
-    "What a run predicts, by its skeleton.json; without one COCO's person for 17 joints, else joints without limbs. Raises: DataError, ConfigError."
-    config = run if isinstance(run, Config) else load_config(run)
-    if run is not config and (kept := categories_beside(run / "model.safetensors", config)): return kept
-    return plain_categories(config.model.num_keypoints, config.model.num_classes)
-
-def run_skeleton(
-    run:Path|Config, # as for `run_categories`
-)->Skeleton:
-    "The skeleton to draw for a run: joints and limbs are the same for all of its categories."
-    return Skeleton.from_category(run_categories(run)[0])
 
 # %% ../nbs/33_cli.ipynb #69f5e874
 @dataclass

@@ -51,7 +51,7 @@ def needed(
 ): # the module
     "Import what only the explorers use. Raises: PoetError with the remedy."
     try: return import_module(name)
-    except ModuleNotFoundError: raise PoetError(f"the explorers need {name}: pip install \"poet_nb[explore]\"") from None
+    except ModuleNotFoundError: raise PoetError(f"the explorers need {name}: pip install -e \".[explore]\" in the clone") from None
 
 anywidget, traitlets, widgets = map(needed, ("anywidget", "traitlets", "ipywidgets"))
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from poet_nb import cli
 from poet_nb.coco import open_coco, open_split
 from poet_nb.coco_eval import evaluate_keypoints, load_ground_truth
 from poet_nb.config import load_config
-from poet_nb.keypoints import COCO_PERSON
+from poet_nb.keypoints import COCO_PERSON, Skeleton
 from poet_nb.poet import Poet, build_poet
+from poet_nb.predict import categories_of
 from poet_nb.transforms import RandomFlip
 
 TINY = shlex.split("model.hidden_dim=16 model.nheads=2 model.enc_layers=1 model.dec_layers=2 model.dim_feedforward=16 data.scales=[64] data.max_size=64 data.eval_scale=64 "
@@ -29,6 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def category(K: int, id: int = 3, name: str = "beast", **more) -> dict:
     return dict(id=id, name=name, keypoints=NAMES[K], skeleton=[[k, k + 1] for k in range(1, K)]) | more
+
+
+def learnt(run: Path) -> list[dict]:
+    "The categories of a run's model."
+    return categories_of(build_poet(run))
 
 
 def make(root: Path, categories: list[dict], images: int = 8) -> Path:
@@ -81,7 +86,7 @@ def test_any_skeleton_takes_the_whole_road(kind, poet, tmp_path):
     assert (config.model.num_keypoints, config.model.num_classes) == (K, len(categories))
     kept = json.loads((run / "skeleton.json").read_text())["categories"]
     assert [(c["id"], c["name"], c["keypoints"], c["skeleton"]) for c in kept] == [(c["id"], c["name"], c["keypoints"], c["skeleton"]) for c in categories]
-    assert cli.run_skeleton(run).limbs == tuple((a - 1, b - 1) for a, b in categories[0]["skeleton"])
+    assert Skeleton.from_category(learnt(run)[0]).limbs == tuple((a - 1, b - 1) for a, b in categories[0]["skeleton"])
     results = json.loads((run / "predictions.json").read_text())
     assert results and {len(r["keypoints"]) for r in results} == {3 * K} and {r["category_id"] for r in results} <= {c["id"] for c in categories}
 
@@ -137,7 +142,7 @@ def test_categories_of_different_joints_are_refused_until_one_is_chosen(poet, tm
     code, _, err = poet("train --data data --run run --set", *TINY)
     assert code == 2 and "1 worm, 2 dog" in err and "--set data.categories=" in err and not (tmp_path / "run").exists()
     assert "dog of 20 joints" in done(poet("train --data data --run run --set", *TINY, "data.categories=dog"))
-    assert [c["name"] for c in cli.run_categories(tmp_path / "run")] == ["dog"]
+    assert [c["name"] for c in learnt(tmp_path / "run")] == ["dog"]
     assert "2 of them annotated" in done(poet("eval --run run --quiet"))
     code, _, err = poet("train --data data --run new --set", *TINY, "data.categories=cat")
     assert code == 2 and "'cat'" in err and "1 worm, 2 dog" in err
@@ -170,7 +175,7 @@ def test_sigmas_reach_every_score(poet, tmp_path):
         said = done(poet(f"train --data {name} --run run_{name} --set", *TINY, *extra))
         assert ("estimated for 4 joints (head 0.05, neck 0.035" in said) == (name == "rule")
         config = load_config(tmp_path / f"run_{name}")
-        assert cli.run_skeleton(tmp_path / f"run_{name}").sigmas == tuple(sigmas)
+        assert Skeleton.from_category(learnt(tmp_path / f"run_{name}")[0]).sigmas == tuple(sigmas)
         data, results = open_split(config.data, "val2017"), json.loads((tmp_path / f"run_{name}/predictions.json").read_text())
         expected = evaluate_keypoints(data.annotations_file, results, sigmas=sigmas, verbose=False)
         log = json.loads((tmp_path / f"run_{name}/metrics.jsonl").read_text().splitlines()[-1])["coco"]
@@ -233,7 +238,7 @@ def test_as_many_joints_are_not_the_same_joints(poet, tmp_path):
     make(tmp_path / "dogs", [animal])
     done(poet("train --data people --run people_run --quiet --set", *TINY))
     assert "pose head: 12 of 17 joints" in done(poet("train --data dogs --run dogs_run --init people_run"))
-    assert cli.run_skeleton(tmp_path / "dogs_run").keypoints == tuple(NAMES[20][:17])
+    assert Skeleton.from_category(learnt(tmp_path / "dogs_run")[0]).keypoints == tuple(NAMES[20][:17])
     code, _, err = poet("eval --run people_run --data dogs --quiet")
     assert code == 2 and "are not those that the run has learnt (nose, left_eye" in err
 

@@ -16,8 +16,6 @@ TRUTH = ROOT / "data/synth/annotations/person_keypoints_val2017.json"
 NETWORKS = {("poet", 32), ("poet", 16), ("poet", 8), ("ae", 32), ("ae", 16), ("ae", 8), ("ae", 4)}
 METHOD = {"lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "pretrain_epochs", "seed"} # fields of train that may differ
 
-pytestmark = pytest.mark.skipif(not FOLDERS, reason="no runs in data/runs/stride")
-
 
 def test_every_network_has_the_same_seeds():
     kinds = Counter((c.model.method, c.model.stride, c.train.seed) for c in map(load_config, FOLDERS))
