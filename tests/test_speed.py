@@ -17,8 +17,14 @@ from poet_nb.transformer import attend
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK, RECORD = ROOT / "nbs/71_speed.ipynb", ROOT / "data/speed.json"
+STEP = "POET-R50 step, 512 x 512"
 CLAIMS = {("loss and gradients, batch 16", "SetCriterion"): 8, ("loss and gradients, batch 64", "SetCriterion"): 25, ("evaluation, 5,000 images", "evaluate_keypoints"): 20,
-          ("POET-R50 step, 512 x 512", "all three"): 2, ("augmentation, longest side 512", "train_transforms"): 2, ("augmentation, longest side 1333", "train_transforms"): 2.3}
+          (STEP, "all three"): 2, (STEP, "all together"): 2.2, ("augmentation, longest side 512", "train_transforms"): 2, ("augmentation, longest side 1333", "train_transforms"): 2.3,
+          ("JPEG to tensor, longest side 512", "read_image, train_transforms"): 2.3, ("JPEG to tensor, longest side 1333", "read_image, train_transforms"): 2.5}
+SHORT = {(STEP, "all three"), (STEP, "all together")} # aims that the committed record misses; the test of one that is met fails as long as it stands here
+PRODUCTS = ("3 x 3 convolution, 256 channels", "matrix product, 2,048 rows")
+ABLATION = {"bf16", "channels last", "folded", "kept memory", "all three", "all together", "all together, AdamW not fused", "all together, no attention dropout",
+            "all together, attention weights"}
 
 
 class Count(TorchDispatchMode):
@@ -87,23 +93,30 @@ def record() -> dict:
     return json.loads(RECORD.read_text())
 
 
-SHORT = {("POET-R50 step, 512 x 512", "all three"): .9, ("POET-R50 step, 512 x 512", "all together"): .9} # the notebook says which aim is missed
-SWITCHES = {("POET-R50 step, 512 x 512", "all together"): 2.2, ("JPEG to tensor, longest side 512", "read_image, train_transforms"): 2.3,
-            ("JPEG to tensor, longest side 1333", "read_image, train_transforms"): 2.5} # measured since `compiling_seconds` is in the record
-COMPLETE = False # True from the day on which data/speed.json is measured with all of them: an older record is a failure then
-ABLATION = {"bf16", "channels last", "folded", "kept memory", "all three", "all together", "all together, AdamW not fused", "all together, no attention dropout"}
+@pytest.mark.parametrize("claim", [pytest.param(c, marks=[pytest.mark.xfail(strict=True, reason="notebook 71 says by how much")] * (c in SHORT), id=", ".join(c)) for c in CLAIMS])
+def test_a_claim_is_kept(record, claim):
+    assert next(r["ratio"] for r in record["comparisons"] if (r["what"], r["variant"]) == claim) >= CLAIMS[claim]
 
 
-def test_committed_measurements_keep_the_claims(record):
+def test_an_aim_that_is_missed_is_missed_because_products_are_no_faster(record):
+    "Nearly all of a training step's time goes into products, and bfloat16 is not faster there by what the aim asks for."
+    ratios = {(r["what"], r["variant"]): r["ratio"] for r in record["comparisons"]}
+    for claim in SHORT: assert ratios[claim] >= .9 * min(ratios[what, "bf16"] for what in PRODUCTS), claim
+
+
+def test_the_notebook_says_which_aims_are_missed(record):
+    said = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" for o in c.outputs)
+    if "aims are met" not in said: pytest.skip("the notebook was executed on another device")
+    assert f"**{len(CLAIMS) - len(SHORT)} of {len(CLAIMS)} aims are met.**" in said
+    for r in record["comparisons"]: assert (f"{r['what']}, {r['variant']}: {r['ratio']:.3g}x of" in said) == ((r["what"], r["variant"]) in SHORT), r
+
+
+def test_committed_measurements_are_complete(record):
     rows = {(r["what"], r["variant"]): r for r in record["comparisons"]}
-    complete = COMPLETE or "compiling_seconds" in record
-    claims = CLAIMS | (SWITCHES if complete else {})
-    assert {name: r["at_least"] for name, r in rows.items() if r["at_least"]} == claims
-    if complete:
-        assert record["compiling_seconds"] >= 0 and {("3 x 3 convolution, 256 channels", "bf16"), ("matrix product, 2,048 rows", "bf16")} <= rows.keys()
-        assert ABLATION <= {variant for what, variant in rows if what == "POET-R50 step, 512 x 512"}
-        assert {"POET, float32", "POET, bf16", "Keypoint R-CNN, nobody"} <= {variant for what, variant in rows if what == "one image, 800 x 1066"}
-    for name, least in claims.items(): assert rows[name]["ratio"] >= least * SHORT.get(name, 1), rows[name]
+    assert {name: r["at_least"] for name, r in rows.items() if r["at_least"]} == CLAIMS
+    assert record["compiling_seconds"] >= 0 and {(what, "bf16") for what in PRODUCTS} <= rows.keys()
+    assert ABLATION <= {variant for what, variant in rows if what == STEP}
+    assert {"POET, float32", "POET, bf16", "Keypoint R-CNN, nobody"} <= {variant for what, variant in rows if what == "one image, 800 x 1066"}
     for r in record["comparisons"]:
         assert r["low"] <= r["ratio"] <= r["high"] and r["rounds"] >= 3 and r["seconds"] > 0
         assert np.isclose(r["reference_seconds"] / r["seconds"], r["ratio"], rtol=.3), r          # medians of ratios and of times tell the same story
