@@ -202,7 +202,7 @@ def step_pieces(state, samples:NestedTensor, targets:list, config:Config, device
     mark()
     with timed_calls(criterion.matcher, device, matching): loss = criterion(outputs, targets)["loss"]
     mark(); loss.backward()
-    mark(); nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.train.clip_max_norm or float("inf"), foreach=True)
+    mark(); nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.train.clip_max_norm or float("inf"))
     mark(); state.optimizer.step()
     mark()
     data, forward, both, *rest = np.diff(marks).tolist()

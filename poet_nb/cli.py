@@ -82,7 +82,7 @@ def memory_remedy(
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
     return f"there are {at_once} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|shared memory|DataLoader worker \\(pid", re.I)
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|cannot allocate memory|STATUS_ALLOC_FAILED|not enough memory|shared memory|DataLoader worker \\(pid", re.I)
 
 @contextmanager
 def explain_memory(
@@ -91,10 +91,12 @@ def explain_memory(
     "Turn a lack of memory into a PoetError that says what helps."
     try: yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)): raise
+        if isinstance(error, RuntimeError) and (not _NO_MEMORY.search(str(error)) or "Too many open files" in str(error)): raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
         batch = f" with {error.batch}" if hasattr(error, "batch") else ""         # see `tells_size` in notebook 31
-        raise PoetError(f"out of memory{batch} ({reason:.120}): {remedy}") from error
+        short = PoetError(f"out of memory{batch} ({reason:.120}): {remedy}")
+        short.untold = getattr(error, "untold", False)                            # of several processes, see notebook 30b
+        raise short from error
 
 # %% ../nbs/33_cli.ipynb #4d379ac8
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def main(
             return 141
         except (PoetError, OSError) as error:
             if _wants_traceback(args): raise
-            if is_main(): print(f"poet: error: {explain(error)}", file=sys.stderr) # of several processes one is enough
+            alone = not is_main() and getattr(error, "untold", False)         # of several processes one is enough, unless only this one has met it
+            if is_main() or alone: print(f"poet: error: {'process ' + os.environ['RANK'] + ': ' if alone else ''}{explain(error)}", file=sys.stderr)
             return 2
 
 # %% ../nbs/33_cli.ipynb #a529ba5b
@@ -701,16 +704,10 @@ def run_job(
 PredictJob.run = run_job
 
 # %% ../nbs/33_cli.ipynb #11f4471f
-class _Webcam(argparse.Action):
-    "--webcam N: no other source is needed then."
-    def __call__(self, parser, args, value, option=None):
-        setattr(args, self.dest, value)
-        for action in parser._actions: action.required = action.required and action.dest != "sources"
-
 @command("predict", "Find people in images, videos or what a webcam sees; draws their poses, and writes them as COCO file or table.",
          "poet predict holiday/*.jpg party.mp4 https://example.org/team.jpg --run data/runs/tiny --out predictions",
-         option("sources", nargs="+", metavar="SOURCE", help="image or video files, folders, patterns, http addresses"),
-         option("--webcam", type=at_least(0), action=_Webcam, metavar="N", help="what camera N sees, the first is 0; Ctrl-C ends it"),
+         option("sources", nargs="*", metavar="SOURCE", help="image or video files, folders, patterns, http addresses"),
+         option("--webcam", type=at_least(0), metavar="N", help="what camera N sees, the first is 0; Ctrl-C ends it"),
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS,
          option("--threshold", type=share, default=.5, metavar="SCORE",
                 help="lowest score kept, 0 to 1: 0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: %(default)s)"),
@@ -725,10 +722,12 @@ def run_predict(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
     "`poet predict`: an overlay for each source, and one file with all poses."
-    sources, device, model = expand_sources(args.sources or []), usable_device(args.device), model_of(args.run, args.weights)
+    if not args.sources and args.webcam is None: raise PoetError("no SOURCE: give images, videos, folders, patterns or addresses, or --webcam N; `poet predict --help` has an example")
+    sources, device, model = expand_sources(args.sources), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
     options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
     job = PredictJob(args, model, options, Skeleton.from_category(categories_of(model)[0]), results, len(sources) + (args.webcam is not None))
+    job.taken.update(s.name.lower() for s in sources if isinstance(s, Path) and s.resolve().parent == args.out.resolve()) # an overlay never replaces a source
     try:
         with results, explain_memory("give a smaller --batch"): job.run(sources)
     finally:
@@ -785,7 +784,8 @@ def figure_job(
     os.symlink(checkout / "data", copy / "data")
     words = [sys.executable, checkout / "tools" / "execute.py", "--root", copy, "--no-write", "--jobs", args.jobs, *(args.notebooks or ["[56]*_*"])]
     paths = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return [str(w) for w in words], os.environ | dict(POET_RUN=str(run.resolve()), POET_DATA=str(root.resolve()), PYTHONPATH=paths)
+    images = dict(POET_IMAGES=str(args.images)) if args.images else {}
+    return [str(w) for w in words], os.environ | dict(POET_RUN=str(run.resolve()), POET_DATA=str(root.resolve()), PYTHONPATH=paths) | images
 
 # %% ../nbs/33_cli.ipynb #83ac6aa3
 @command("figures", "Draw the figures of the paper from a run, by executing the figure notebooks of the repository.",
@@ -794,6 +794,7 @@ def figure_job(
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN} of the repository)"),
          option("--data", type=Path, metavar="FOLDER", help="dataset in COCO's layout (default: data/synth of the repository)"),
          option("--out", type=Path, metavar="FOLDER", help="where the figures go (default: figures/ of the repository)"),
+         option("--images", type=at_least(1), metavar="N", help="how many validation images the figures look at (default: 500)"),
          option("--jobs", type=at_least(1), default=1, metavar="N", help="notebooks at once (default: %(default)s)"))
 def run_figures(
     args:argparse.Namespace, # parsed options

@@ -6,13 +6,14 @@
 __all__ = ['COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image', 'read_annotations', 'column', 'ImageTable', 'image_table',
            'keypoint_categories', 'PersonTable', 'check_ids', 'check_poses', 'forget_outside', 'person_table',
            'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints', 'open_coco', 'open_split', 'check_alike',
-           'describe', 'Source', 'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset',
-           'fetch_images', 'download_coco']
+           'describe', 'Source', 'one_at_a_time', 'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset',
+           'write_subset', 'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
 import gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -570,6 +571,26 @@ def _try_once(url, part, timeout, bar):
         return str(error)
     except (HTTPException, ValueError) as error: return str(error) or type(error).__name__
 
+# %% ../nbs/04_coco.ipynb #6549ee9d
+@contextmanager
+def one_at_a_time(
+    path:Path, # file that is made inside; the lock lies beside it until it is there
+)->Iterator[None]:
+    "Processes that want the same file come one after the other; where the system has no such locks (Windows) they don't."
+    try: import fcntl
+    except ImportError:
+        yield
+        return
+    lock = path.with_name(path.name + ".lock")
+    while True:
+        held = open(lock, "w")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if lock.exists() and os.fstat(held.fileno()).st_ino == lock.stat().st_ino: break # else the one before has removed it
+        held.close()
+    with held:
+        try: yield
+        finally: lock.unlink()
+
 # %% ../nbs/04_coco.ipynb #1783f006
 def fetch(
     url:str, # address of a file
@@ -581,6 +602,11 @@ def fetch(
     path = Path(path)
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path):
+        return path if path.exists() else _fetch(url, path, source, check)
+
+def _fetch(url, path, source, check):
+    "The download itself."
     part, tag, failures, refused = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag"), 0, 0
     most = part.stat().st_size if part.exists() else 0
     with tqdm(desc=path.name, unit="B", unit_scale=True, disable=not source.progress) as bar:

@@ -106,7 +106,7 @@ class DataConfig:
     affine_scale:tuple[float, float] = (1., 1.)         # last of all, zoom about the centre, drawn from this range
     affine_shift:float = 0.0                            # and shift by U(-s, s) each way, pixels
     pad_multiple:int = 1                                # batches are padded to a multiple of this, pixels
-    with_people_only:bool = True                        # train only on images with people, as the paper does
+    with_people_only:bool = True                        # train only on images with people, labelled joints or not
     workers:int = 2                                     # loader processes
     buckets:bool = False                                # batches of images with the same padded size (pad_multiple)
     pin_memory:bool = True                              # batches in page-locked memory, where there is CUDA

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Augmented',
-           'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'PadTo', 'train_loader', 'same_size_batches',
-           'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState',
-           'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all',
-           'train_step', 'compact', 'evaluate', 'mean_sums', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
-           'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log',
-           'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit',
+           'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'allow_open_files', 'PadTo', 'train_loader',
+           'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of',
+           'RunState', 'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all',
+           'train_step', 'compact', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint',
+           'read_checkpoint', 'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line',
+           'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit',
            'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
-import copy, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
+import copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -127,8 +127,10 @@ class EpochBatches:
 def loader_faults()->Iterator[None]:
     "Say in words that a loader process has died or hangs. Raises: WorkerError."
     try: yield
-    except RuntimeError as error:
-        found = re.search(r"DataLoader (worker \(pid|timed out)", str(error))
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+            raise WorkerError("a loader process can't hand over its batch: too many open files; `ulimit -n 65536` before the command allows more, a smaller train.batch_size or --set data.workers=0 need fewer") from error
+        found = isinstance(error, RuntimeError) and re.search(r"DataLoader (worker \(pid|timed out)", str(error))
         if not found: raise
         what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer") if found[1] == "timed out" else
                         ("has died", "most often for lack of memory: fewer loader processes or smaller images help"))
@@ -166,6 +168,18 @@ def _loader_context():
     context.Process = LoaderProcess
     return context
 
+# %% ../nbs/31_engine.ipynb #9bde7cd4
+def allow_open_files(
+    wanted:int=65536,
+)->int: # as many as this process and those it starts may have open from now on
+    "Raise the limit of open files as far as the system lets us; there is none on Windows."
+    try: import resource
+    except ImportError: return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
 # %% ../nbs/31_engine.ipynb #57f645a5
 class PadTo:
     "A `collate` for a loader process (an object, so that it can be pickled)."
@@ -176,6 +190,7 @@ class PadTo:
 def _loader(dataset, batches, config, device):
     "A loader with the settings that training and evaluation share."
     workers = config.data.workers
+    if workers: allow_open_files()
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=PadTo(config.data.pad_multiple), pin_memory=config.data.pin_memory and device.type == "cuda",
                       worker_init_fn=_worker, multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
@@ -348,7 +363,7 @@ def to_device(
     config:Config,
 ):
     "Copy a batch to the device and normalise it there."
-    samples = normalize(samples.to(device, non_blocking=True))
+    samples = normalize(samples.to(device, non_blocking=device.type == "cuda"))
     if config.train.channels_last: samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last)
     return samples
 
@@ -417,7 +432,7 @@ def train_step(
     if state.scaler.is_enabled() and any_of(not math.isfinite(total["loss"].item())): raise _not_finite("loss", parts, total)
     state.scaler.unscale_(state.optimizer)
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"), foreach=True)
+    norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"))
     if not state.scaler.is_enabled():
         for what, value in zip(("loss", "gradient"), torch.stack((total["loss"].float(), norm.float())).tolist()): # both at once: the host waits for the device
             if not math.isfinite(value): raise _not_finite(what, parts, total)
@@ -480,6 +495,17 @@ def mean_sums(
     everyone = gathered({k: float(v) for k, v in sums.items()})
     return {k: sum(s.get(k, 0.) for s in everyone) / len(everyone) for k in everyone[0]}
 
+# %% ../nbs/31_engine.ipynb #bb357501
+def device_numbers(
+    device:torch.device,
+    state:Tensor|None=None, # None: only ask
+)->Tensor: # uint8, empty for a CPU
+    "State of the generator of random numbers of a GPU; `state` sets it."
+    its = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+    where = (device,) if device.type == "cuda" else ()
+    if its is not None and state is not None: its.set_rng_state(state, *where)
+    return its.get_rng_state(*where) if its is not None else torch.empty(0, dtype=torch.uint8)
+
 # %% ../nbs/31_engine.ipynb #780155e4
 def save_checkpoint(
     state:RunState,
@@ -487,7 +513,7 @@ def save_checkpoint(
     folder:Path,
 )->None:
     "Let the main process write checkpoint.pt; all processes have to call it, for each has its random numbers."
-    rng = gathered((torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)))
+    rng = gathered((torch.get_rng_state(), device_numbers(next(state.task.parameters()).device)))
     content = dict(config=config.to_dict(), phase=state.phase, task=state.task.state_dict(), optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict(),
                    ema=state.ema.state_dict() if state.ema is not None else None, epoch=state.epoch, batch=state.batch, sums=mean_sums(state.sums),
                    seconds=state.seconds, rng=rng)
@@ -539,6 +565,12 @@ def config_differences(
             if plain(x) != plain(y) and f"{part}.{k}" not in same: out.append(f"{part}.{k}: {x} -> {y}")
     return out
 
+# %% ../nbs/31_engine.ipynb #aa57b7f3
+def _may_change(config):
+    "Fields that a run may be gone on with differently: they change rounding at most."
+    free = {"train.compile", "train.keep_memory", "train.checkpoint_minutes", "train.nonfinite_patience", "data.pin_memory"}
+    return free | ({"train.accumulate"} if config.model.backbone_norm == "frozen" and not config.data.buckets else set())
+
 # %% ../nbs/31_engine.ipynb #a90ea4a9
 def restore(
     found:dict, # of `read_checkpoint`
@@ -547,6 +579,7 @@ def restore(
 )->RunState:
     "The state a checkpoint describes. Raises: CheckpointError with the differing fields if it is of another configuration."
     wrong = config_differences(config_from_dict(found["config"], "the checkpoint's configuration").to_dict(), config.to_dict()) # fields that came later have their default
+    wrong = [d for d in wrong if d.split(":")[0] not in _may_change(config)]
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder")
     state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
@@ -555,7 +588,7 @@ def restore(
     rng = found["rng"] if isinstance(found["rng"], list) else [(found["rng"], found["cuda_rng"][0] if found["cuda_rng"] else torch.empty(0))] # one, in older checkpoints
     if rank() >= len(rng): seed_process(config.train.seed, 1000 * state.epoch + state.batch); return state  # there were fewer processes
     torch.set_rng_state(rng[rank()][0])
-    if len(rng[rank()][1]) and torch.cuda.is_available(): torch.cuda.set_rng_state(rng[rank()][1])
+    if len(rng[rank()][1]) == len(device_numbers(device)): device_numbers(device, rng[rank()][1])
     return state
 
 # %% ../nbs/31_engine.ipynb #1d28dcfe

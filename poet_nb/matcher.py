@@ -76,6 +76,11 @@ def _join(
         raise
     _check_targets(targets, shapes)
 
+# %% ../nbs/20_matcher.ipynb #a81f99fb
+def _send(x:Tensor, device):
+    "A tensor on a device (None: where it is); only CUDA may copy later, it has taken what is not pinned by then."
+    return x if device is None else x.to(device, non_blocking=torch.device(device).type == "cuda")
+
 # %% ../nbs/20_matcher.ipynb #f8539028
 def pack_targets(
     targets:list,           # B dicts with labels (P,), keypoints (P, K, 2) fractions of the image, visibility (P, K) in {0, 1, 2}
@@ -86,12 +91,12 @@ def pack_targets(
 )->PackedTargets:
     "Lay the people of all images in a row, with centre and offsets. Raises: DataError naming image and field."
     fields, sizes = _join(targets, dict(labels=(), keypoints=(num_keypoints, 2), visibility=(num_keypoints,)))
-    labels, keypoints, visibility = (x.to(device, non_blocking=True) for x in fields)
+    labels, keypoints, visibility = (_send(x, device) for x in fields)
     mask = visibility_mask(visibility, visible)
     keypoints = torch.where(mask[..., None], keypoints.to(dtype or keypoints.dtype), 0)
     centers, has_pose = keypoint_centers(keypoints, visibility, visible)
     offsets = keypoints_to_offsets(keypoints, centers) * mask[..., None]
-    image_index = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(labels.device, non_blocking=True)
+    image_index = _send(torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)), labels.device)
     return PackedTargets(labels, keypoints, centers, offsets, mask, mask.to(keypoints.dtype), has_pose, image_index,
                          sizes, [target.get("image_id") for target in targets])
 
@@ -221,7 +226,7 @@ def _to_pairs(
     layer, target = np.nonzero(query.T >= 0)
     image = np.repeat(np.arange(len(sizes)), sizes)
     pairs = np.stack([layer, image[target], query[target, layer], target])
-    return Assignment(*torch.from_numpy(pairs).to(device, non_blocking=True).unbind())
+    return Assignment(*_send(torch.from_numpy(pairs), device).unbind())
 
 # %% ../nbs/20_matcher.ipynb #fa76e237
 class HungarianMatcher(nn.Module):

@@ -30,6 +30,8 @@ def compile_parts(
     "Compile the parts of a model that are arithmetic alone; one compilation a shape. Raises: ConfigError without a compiler."
     if backend == "inductor" and next(model.parameters()).device.type == "cpu" and not has_compiler():
         raise ConfigError("field train.compile: there is no C++ compiler on this machine; install g++, or --set train.compile=false")
+    if backend == "inductor" and next(model.parameters()).device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise ConfigError("field train.compile: Triton needs a C compiler, and there is none on this machine; install gcc, or --set train.compile=false")
     limits = torch._dynamo.config
     limits.recompile_limit, limits.accumulated_recompile_limit = max(limits.recompile_limit, SHAPES), max(limits.accumulated_recompile_limit, 4 * SHAPES)
     for name in ("backbone", "transformer"):

@@ -262,8 +262,8 @@ def save_pretrained(
 def is_hub_id(
     source, # path or text
 )->bool:
-    "Can this be a repository on the hub: `owner/name`, and no file of weights by its ending?"
-    return isinstance(source, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)) and not source.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))
+    "Can this be a repository on the hub: `owner/name`, no file of weights by its ending, and no folder `owner` here, whose name in it is mistyped?"
+    return isinstance(source, str) and not Path(source).parent.is_dir() and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)) and not source.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))
 
 # %% ../nbs/14_weights.ipynb #9f672ae7
 def from_pretrained(

@@ -4,6 +4,7 @@ import json
 import mmap
 import shlex
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,12 @@ def test_compiled_by_inductor_the_losses_are_the_same(monkeypatch):
     assert np.allclose(eager, compiled, rtol=1e-3)
 
 
+def test_on_a_gpu_the_flag_wants_a_c_compiler(monkeypatch):
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.delenv("CC", raising=False); monkeypatch.setattr(switches.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="train.compile: Triton needs a C compiler.*gcc"): compile_parts(SimpleNamespace(parameters=lambda: iter([weight])))
+
+
 def test_without_a_compiler_the_flag_is_refused(monkeypatch):
     monkeypatch.setattr(switches, "has_compiler", lambda: False)
     with pytest.raises(ConfigError, match="train.compile.*g\\+\\+"): start_phase("poet", new_model(TINY), override(TINY, **{"train.compile": True}), CPU)
@@ -145,7 +152,7 @@ def seeded_model():
 
 
 def test_how_often_a_step_waits_for_the_device():
-    "Once for matching, once for the loss, once for the gradient's norm; more would be a step back."
+    "Once for matching, once for the loss and the gradient's norm together, so that a step that is not finite is not applied; more would be a step back."
     state = start_phase("poet", new_model(TINY), TINY, CPU)
     batch = bench.noise_batch(TINY, (64, 64), 2)
     train_step(state, [batch], TINY, CPU)

@@ -352,7 +352,7 @@ def test_errors_of_other_commands(data, trained, tmp_path, poet):
     refused(poet("data", "synth", "--size", 7, "--quiet"), "size", "7")
 
 
-@pytest.mark.parametrize("words", [["train"], ["predict"], ["nonsense"], ["predict", "a.jpg", "--threshold", "2"], ["predict", "a.jpg", "--batch", "0"],
+@pytest.mark.parametrize("words", [["train"], ["predict", "--webcam"], ["nonsense"], ["predict", "a.jpg", "--threshold", "2"], ["predict", "a.jpg", "--batch", "0"],
                                    ["data", "synth", "--train", "-1"], ["data", "synth", "--val", "1e3"], ["eval", "--engine", "magic"], ["eval", "--layer", "x"]])
 def test_misspelt_lines_are_refused_by_the_parser(words, poet):
     code, out, err = poet(*words)
@@ -404,6 +404,8 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
                                    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                                   RuntimeError("unable to mmap 100 bytes from file </torch_1>: Cannot allocate memory (12)"),
                                    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")])
 def test_out_of_memory_says_what_helps(error, data, poet, monkeypatch):
     def fail(*args): raise error
@@ -472,7 +474,7 @@ def atelier(tmp_path, trained, data, monkeypatch) -> Path:
     for folder in ("nbs", "data/runs", "poet_nb"): (checkout / folder).mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", checkout)
     draw = ("import os; from pathlib import Path; import json\nfolder = Path('../figures'); folder.mkdir(exist_ok=True)\n"
-            "(folder / 'fig.txt').write_text(json.loads(Path(os.environ['POET_RUN'], 'config.json').read_text())['name'] + ' ' + Path(os.environ['POET_DATA']).name)")
+            "(folder / 'fig.txt').write_text(json.loads(Path(os.environ['POET_RUN'], 'config.json').read_text())['name'] + ' ' + Path(os.environ['POET_DATA']).name + ' ' + os.environ.get('POET_IMAGES', ''))")
     for name, source in (("50_good", draw), ("51_bad", "1 / 0")):
         nbformat.write(new_notebook(cells=[new_code_cell(source)]), checkout / "nbs" / f"{name}.ipynb")
     monkeypatch.setattr(cli, "find_checkout", lambda: checkout)
@@ -483,9 +485,9 @@ def test_figures_come_from_a_copy_of_the_notebooks(atelier, trained, data, poet)
     before = {p: p.read_bytes() for p in atelier.rglob("*") if p.is_file()}
     refused(poet("figures", "50"), atelier, "config.json")                                      # no run in this repository
     refused(poet("figures", "50", "--run", trained, "--data", "nowhere"), "nowhere", "poet data synth --train 0")
-    code, out, _ = poet("figures", "50", "--run", trained, "--data", data, "--out", "drawn")
+    code, out, _ = poet("figures", "50", "--run", trained, "--data", data, "--images", 7, "--out", "drawn")
     assert code == 0 and out.splitlines()[-1] == "drawn/fig.txt"
-    assert Path("drawn/fig.txt").read_text() == f"poet_tiny {data.name}"
+    assert Path("drawn/fig.txt").read_text() == f"poet_tiny {data.name} 7"
     assert {p: p.read_bytes() for p in atelier.rglob("*") if p.is_file() and "__pycache__" not in p.parts} == before
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,6 +198,19 @@ def test_more_processes_than_images_are_refused(people, tmp_path):
     said = finish(job)
     assert job.returncode and said.count("poet: error: field train.batch_size: 1 images in 1 parts do not give each of 2 processes one") == 1, said[-2000:]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_an_error_of_one_process_alone_is_told(people, tmp_path, place):
+    "A validation image that can't be read: in the share of the main process, or of the other one."
+    root = tmp_path / "people"
+    shutil.copytree(people, root)
+    image = sorted((root / "val2017").iterdir())[place]
+    image.write_bytes(image.read_bytes()[:200])
+    job = launch(small(root, **{"train.epochs": 1, "train.eval_every": 1}), tmp_path / "run")
+    said = finish(job)
+    told = [line for line in said.splitlines() if "poet: error:" in line]
+    assert job.returncode and len(told) == 1 and image.name in told[0] and ("process 1: " in told[0]) == (place == -1), said[-3000:]
 
 
 BROKEN = '''

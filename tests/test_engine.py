@@ -383,6 +383,17 @@ def test_another_configuration_is_refused_with_the_fields(runs, tmp_path):
     assert difference(left_by(whole), left_by(folder)) is None, "nothing is touched"
 
 
+def test_settings_of_the_machine_may_change_in_between(runs, tmp_path):
+    "What the advice for lack of memory says must be possible with --resume."
+    config, whole = runs("dropout")
+    free = {"train.accumulate": 2, "train.keep_memory": True, "train.checkpoint_minutes": 1., "train.nonfinite_patience": 9, "data.pin_memory": False}
+    found = read_checkpoint(copied(whole, tmp_path))
+    other = override(config, **free)
+    if config.model.backbone_norm == "frozen": assert restore(found, other, CPU).epoch == found["epoch"]
+    live = dict(found, config=override(config, **{"model.backbone_norm": "batch"}).to_dict())
+    with pytest.raises(CheckpointError, match="train.accumulate"): restore(live, override(other, **{"model.backbone_norm": "batch"}), CPU)
+
+
 def test_a_folder_with_a_run_is_refused_unless_resumed(runs, tmp_path):
     config, whole = runs("dropout")
     folder = copied(whole, tmp_path)

@@ -1,6 +1,7 @@
 """Faults: killed at random moments, a full disk, damaged files, dying and hanging loader processes, hostile images, malformed annotations, memory over thousands of steps."""
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
@@ -28,11 +29,13 @@ from torch.utils.data import get_worker_info
 from conftest import person
 from poet_nb import cli, coco, engine
 from poet_nb.coco import image_target, index_coco, read_image
-from poet_nb.config import DataError, PoetError, load_config, override, preset, save_config
+from poet_nb.config import DataError, PoetError, WorkerError, load_config, override, preset, save_config
 from poet_nb.engine import fit, read_checkpoint, restore, save_checkpoint, train_step
 from poet_nb.keypoints import COCO_PERSON
-from poet_nb.synth import make_synth
+from poet_nb.synth import SynthConfig, make_synth
 from test_engine import CPU, copied, difference, left_by, runs, scenes, small, without_times  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*outside their image:UserWarning"), pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /dev/full")
@@ -241,6 +244,36 @@ def test_a_bug_in_a_loader_process_stays_a_bug():
     def broken(): raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nboom")
     with pytest.raises(RuntimeError, match="boom") as caught: broken()
     assert not isinstance(caught.value, PoetError)
+
+
+@pytest.mark.parametrize("error", [EOFError(), OSError(errno.EMFILE, "Too many open files"), RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")])
+def test_too_many_open_files_are_said_to_be_that(error):
+    @engine.loader_faults()
+    def loads(): raise error
+    with pytest.raises(WorkerError, match="too many open files.*ulimit -n"): loads()
+    with pytest.raises(FileNotFoundError):
+        with engine.loader_faults(): raise FileNotFoundError(errno.ENOENT, "no such file", "a.jpg")
+
+
+@linux
+def test_large_batches_fit_through_a_small_limit_of_open_files(tmp_path):
+    "64 images a batch, a limit of 300: without raising it a loader process can't hand over a batch."
+    make_synth(tmp_path, "train2017", n=140, config=SynthConfig(size=64), seed=3, workers=1, progress=False)
+    program = f"""
+import multiprocessing, os, resource, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+import torch
+from poet_nb.config import override, preset
+from poet_nb.engine import train_loader
+config = override(preset("poet_tiny"), **{{"data.root": {str(tmp_path)!r}, "train.batch_size": 64, "data.workers": 1, "data.worker_timeout": 60}})
+loader = iter(train_loader(config, torch.device("cpu"))[0])
+kept = [next(loader), time.sleep(1), next(loader)]
+print(len(kept[0][1]), len(kept[2][1]), flush=True)
+for child in multiprocessing.active_children(): child.kill()
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.stdout.split() == ["64", "64"], done.stderr[-2000:]
 
 
 # ---- a full disk --------------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,14 @@ def test_nothing_that_can_be_read_is_an_error(poet, names):
     assert os.listdir("predictions") == []
 
 
+def test_an_overlay_never_replaces_a_source(poet):
+    Path("ph").mkdir()
+    for i, name in enumerate(("a.png", "a_poses.jpg")): Image.fromarray(picture(i)).save(f"ph/{name}")
+    before = Path("ph/a_poses.jpg").read_bytes()
+    assert poet("predict", "ph", "--out", "ph", "--threshold", 0)[0] == 0
+    assert Path("ph/a_poses.jpg").read_bytes() == before and {p.name for p in Path("ph").iterdir()} == {"a.png", "a_poses.jpg", "a_poses_2.jpg", "a_poses_poses.jpg", "predictions.json"}
+
+
 def test_folders_without_pictures(poet):
     Path("empty").mkdir()
     code, _, err = poet("predict", "empty")
@@ -162,7 +170,8 @@ def test_folders_without_pictures(poet):
 
 
 def test_without_any_source_there_is_usage(capfd):
-    for words in (["predict"], ["predict", "--webcam"], ["predict", "--webcam", "x"]):
+    assert cli.main(["predict"]) == 2 and capfd.readouterr().err.startswith("poet: error: no SOURCE: give images")
+    for words in (["predict", "--webcam"], ["predict", "--webcam", "x"]):
         assert cli.main(words) == 2 and capfd.readouterr().err.startswith("usage: poet predict")
     assert cli.make_parser().parse_args(["predict", "--webcam", "1"]).webcam == 1
     assert cli.make_parser().parse_args(["predict", "a.jpg", "--webcam", "1"]).sources == ["a.jpg"]

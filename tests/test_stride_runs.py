@@ -8,10 +8,12 @@ import pytest
 
 from poet_nb.coco_eval import METRICS, evaluate_keypoints
 from poet_nb.config import load_config
+from poet_nb.engine import config_differences
 from poet_nb.plot import read_metrics
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "data/runs/stride").glob("*/config.json"))
+MORE = sorted(path.parent for path in (ROOT / "data/runs/stride_more").glob("*/config.json"))
 TRUTH = ROOT / "data/synth/annotations/person_keypoints_val2017.json"
 NETWORKS = {("poet", 32), ("poet", 16), ("poet", 8), ("ae", 32), ("ae", 16), ("ae", 8), ("ae", 4)}
 METHOD = {"lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "pretrain_epochs", "seed"} # fields of train that may differ
@@ -45,7 +47,19 @@ def test_the_budget_is_the_same():
     assert max(minutes.values()) < 1.35 * min(minutes.values()), minutes
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_the_further_runs_differ_as_their_names_say():
+    assert {f.name for f in MORE} == {"poet_16_time3", "ae_4_time3", "ae_8_pixels"}
+    for folder in MORE:
+        network, what = folder.name.rsplit("_", 1)
+        config, same = load_config(folder), load_config(ROOT / f"data/runs/stride/{network}_seed0")
+        changed = {d.split(":")[0] for d in config_differences(same.to_dict(), config.to_dict())}
+        if what == "pixels": assert changed == {"ae.sigma_unit"} and config.ae.sigma_unit == "pixels"
+        else:
+            assert changed - {"train.pretrain_epochs"} == {"train.epochs", "train.eval_every"}
+            assert (config.train.epochs, config.train.pretrain_epochs) == (3 * same.train.epochs, 3 * same.train.pretrain_epochs) and len(read_metrics(folder)) == config.train.epochs
+
+
+@pytest.mark.parametrize("folder", FOLDERS + MORE, ids=lambda f: f.name)
 def test_the_log_says_what_the_predictions_score(folder):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["commit"] and environment["dirty"] is False and environment["seed"] == load_config(folder).train.seed

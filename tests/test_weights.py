@@ -593,3 +593,11 @@ def test_train_starts_from_an_address(tmp_path, serve, monkeypatch):
     assert cli.weights_of(address) == file and asked.count("GET") <= 2
     cli.build_poet(config, file)
     with pytest.raises(CheckpointError, match="official"): cli.weights_of(serve(lambda request: request.send_error(404)) + "/official.safetensors")
+
+
+def test_a_mistyped_run_folder_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert weights.is_hub_id("runs/typo")
+    (tmp_path / "runs").mkdir()
+    assert not weights.is_hub_id("runs/typo")
+    with pytest.raises(CheckpointError, match="runs/typo: no such file or folder"): weights.find_weights("runs/typo")
