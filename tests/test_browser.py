@@ -205,7 +205,7 @@ def test_jupyterlab_runs_the_notebook_and_pictures_answer(browser, place):
         assert not page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count()
         page.close()
     print("JupyterLab, seconds a slider:", np.round(seconds, 2))
-    assert not complaints
+    assert not complaints and np.median(seconds) < .3, seconds           # from the key to the new picture, on a machine that does nothing else
 
 
 def test_voila_serves_the_same_as_an_app(browser, place):
@@ -219,4 +219,4 @@ def test_voila_serves_the_same_as_an_app(browser, place):
         page.screenshot(path=place / "voila_page.png")
         page.close()
     print("Voila, seconds a slider:", np.round(seconds, 2))
-    assert not complaints
+    assert not complaints and np.median(seconds) < .3, seconds
