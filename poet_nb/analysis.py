@@ -6,7 +6,7 @@
 __all__ = ['QUADRANTS', 'MatchedPairs', 'people_of', 'match_people', 'LayerRun', 'run_layers', 'quadrant_shares',
            'visibility_quantiles', 'auc', 'calibration_table', 'calibration_error', 'ap_by_layer', 'saturation_layer',
            'bootstrap_interval', 'Estimate', 'estimate', 'verdict', 'JudgedResults', 'judge_results', 'drawn_ap',
-           'comparable_runs']
+           'estimate_ap', 'comparable_runs']
 
 # %% ../nbs/41_analysis.ipynb #0b68fa05
 from collections.abc import Callable
@@ -307,6 +307,16 @@ def drawn_ap(
         copies = np.repeat(np.arange(len(judged.image)), np.where(judged.category == c, times[judged.image], 0))
         if number: values += [precision_recall(hit[copies], counted[copies], number)[0].mean() for hit, counted in zip(judged.hit, judged.counted)]
     return float(np.mean(values)) if values else np.nan
+
+# %% ../nbs/41_analysis.ipynb #f93241c0
+def estimate_ap(
+    combine:Callable,    # an AP for each of the results -> number
+    *some:JudgedResults, # on the same images
+    samples:int=1000,    # how often to draw
+)->Estimate: # with a 95 % interval, by drawing images
+    "A number made of the AP of several results, such as a difference of means."
+    places = np.arange(len(some[0].image_ids))
+    return estimate(lambda rows: combine(*(drawn_ap(one, np.bincount(rows, minlength=len(places))) for one in some)), places, samples)
 
 # %% ../nbs/41_analysis.ipynb #da898d5d
 def comparable_runs(

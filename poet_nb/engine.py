@@ -128,8 +128,8 @@ def loader_faults()->Iterator[None]:
     "Say in words that a loader process has died or hangs. Raises: WorkerError."
     try: yield
     except (RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
-            raise WorkerError("a loader process can't hand over its batch: too many open files; `ulimit -n 65536` before the command allows more, a smaller train.batch_size or --set data.workers=0 need fewer") from error
+        if isinstance(error, EOFError) and not str(error) or getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+            raise WorkerError("a loader process can't hand over its batch, most likely for too many open files; `ulimit -n 65536` before the command allows more, a smaller train.batch_size or --set data.workers=0 need fewer") from error
         found = isinstance(error, RuntimeError) and re.search(r"DataLoader (worker \(pid|timed out)", str(error))
         if not found: raise
         what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer") if found[1] == "timed out" else
@@ -567,7 +567,7 @@ def config_differences(
 
 # %% ../nbs/31_engine.ipynb #aa57b7f3
 def _may_change(config):
-    "Fields that a run may be gone on with differently: they change rounding at most."
+    "Fields that a run may be gone on with differently: they change rounding, and which elements dropout draws, but no image and no divisor of a step."
     free = {"train.compile", "train.keep_memory", "train.checkpoint_minutes", "train.nonfinite_patience", "data.pin_memory"}
     return free | ({"train.accumulate"} if config.model.backbone_norm == "frozen" and not config.data.buckets else set())
 

@@ -389,7 +389,8 @@ def test_settings_of_the_machine_may_change_in_between(runs, tmp_path):
     free = {"train.accumulate": 2, "train.keep_memory": True, "train.checkpoint_minutes": 1., "train.nonfinite_patience": 9, "data.pin_memory": False}
     found = read_checkpoint(copied(whole, tmp_path))
     other = override(config, **free)
-    if config.model.backbone_norm == "frozen": assert restore(found, other, CPU).epoch == found["epoch"]
+    assert config.model.backbone_norm == "frozen"
+    assert restore(found, other, CPU).epoch == found["epoch"]
     live = dict(found, config=override(config, **{"model.backbone_norm": "batch"}).to_dict())
     with pytest.raises(CheckpointError, match="train.accumulate"): restore(live, override(other, **{"model.backbone_norm": "batch"}), CPU)
 
