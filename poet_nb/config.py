@@ -105,6 +105,8 @@ class DataConfig:
     crop_size:tuple[int, int] = (384, 600)              # smallest and largest side of the crop, pixels
     affine_scale:tuple[float, float] = (1., 1.)         # last of all, zoom about the centre, drawn from this range
     affine_shift:float = 0.0                            # and shift by U(-s, s) each way, pixels
+    small_epochs:int = 0                                # so many first epochs, and the pre-training, see smaller images
+    small_share:float = 0.5                             # how small: the sizes above (evaluation's not) times this
     pad_multiple:int = 1                                # batches are padded to a multiple of this, pixels
     with_people_only:bool = True                        # train only on images with people, labelled joints or not
     workers:int = 2                                     # loader processes
@@ -165,10 +167,10 @@ _CHOICES = {"data.unposed": ("person", "nobody"), "model.stride": (4, 8, 16, 32)
             "train.schedule": ("step", "cosine"), "train.amp": ("none", "bf16", "fp16", "auto")}
 _POSITIVE = ("model.hidden_dim model.nheads model.dec_layers model.dim_feedforward model.num_queries model.num_classes "
              "model.num_keypoints model.query_groups data.scales data.max_size data.eval_scale data.crop_resize data.crop_size data.pad_multiple "
-             "data.affine_scale ae.sigma ae.max_people ae.nms "
+             "data.affine_scale data.small_share ae.sigma ae.max_people ae.nms "
              "train.epochs train.batch_size train.accumulate train.lr train.eval_every train.pretrain_lr train.nonfinite_patience").split()
 _SHARES = ("model.dropout model.attention_dropout data.flip_prob data.rotation_prob data.dropout_prob data.crop_prob "
-           "train.ema_decay train.lr_end").split()
+           "data.small_share train.ema_decay train.lr_end").split()
 
 def _cast(value, kind, where):
     "`value` as the annotated type `kind`, or a ConfigError naming the field `where`."
@@ -332,6 +334,11 @@ def _tiny_192():
                    data=replace(c.data, scales=(192,), max_size=192, eval_scale=192, crop_resize=(192, 240, 288), crop_size=(144, 240), pad_multiple=64,
                                 rotation_prob=.25, crop_prob=.25))
 
+def _tiny_growing():
+    "Both halves in one run of about two hours: 128 px first, then 192 px, and one fall of the learning rate over all of it."
+    c = _tiny_192()
+    return replace(c, name="poet_tiny_growing", train=replace(c.train, epochs=21), data=replace(c.data, small_epochs=10, small_share=2/3))
+
 def _ae():
     "Associative embedding as Table 1 and 2 of the paper have it, at stride 4."
     return Config(name="ae_r50", model=ModelConfig(method="ae", stride=4, backbone_norm="batch", frozen_stages=0),
@@ -340,10 +347,10 @@ def _ae():
                   train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
 
 def preset(
-    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192" or "ae_r50"
+    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "poet_tiny_growing" or "ae_r50"
 )->Config:
     "A named configuration. Raises: ConfigError for an unknown name."
-    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192, "ae_r50": _ae,
+    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192, "poet_tiny_growing": _tiny_growing, "ae_r50": _ae,
                "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()

@@ -8,8 +8,8 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'drop_cells', 'warp_image', 'warp_points', 'leave_image', 'warp_boxes', 'has_area', 'keep_people',
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
            'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'Fused', 'to_fractions',
-           'posed_to_fractions', 'last_step', 'train_transforms', 'eval_transforms', 'NestedTensor', 'batch_size',
-           'pad_images', 'collate', 'one_thread', 'normalize']
+           'posed_to_fractions', 'last_step', 'train_transforms', 'smaller', 'eval_transforms', 'NestedTensor',
+           'batch_size', 'pad_images', 'collate', 'one_thread', 'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
 import math
@@ -457,6 +457,15 @@ def train_transforms(
              CoarseDropout(config.dropout_prob), crop, RandomResize(config.scales, config.max_size)]
     if (config.affine_scale, config.affine_shift) != ((1., 1.), 0.): steps.append(RandomZoom(config.affine_scale, config.affine_shift))
     return Fused(steps, finish=last_step(config))
+
+# %% ../nbs/05_transforms.ipynb #7b7946ae
+def smaller(
+    config:DataConfig, # small_share
+)->DataConfig:
+    "The sizes of the first epochs: all that training has in pixels, times `small_share`."
+    fit = lambda v: tuple(map(fit, v)) if isinstance(v, tuple) else max(round(v * config.small_share), 1)
+    return replace(config, scales=fit(config.scales), max_size=fit(config.max_size), crop_resize=fit(config.crop_resize), crop_size=fit(config.crop_size),
+                   affine_shift=config.affine_shift * config.small_share)
 
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(
