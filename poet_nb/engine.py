@@ -7,11 +7,11 @@ __all__ = ['PRETRAINING', 'LOGS', 'choose_device', 'cpu_capabilities', 'autocast
            'Augmented', 'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'end_loaders',
            'allow_open_files', 'PadTo', 'ArrangeEpoch', 'train_loader', 'same_size_batches', 'eval_loader',
            'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model',
-           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'train_step', 'compact', 'evaluate',
-           'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
-           'config_differences', 'restore', 'Stopped', 'stop_requests', 'train_epoch', 'append_line', 'cut_log',
-           'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin', 'read_log', 'fit',
-           'describe_line']
+           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step',
+           'compact', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint',
+           'read_checkpoint', 'config_differences', 'restore', 'Stopped', 'stop_requests', 'settle', 'train_epoch',
+           'append_line', 'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin',
+           'read_log', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -351,6 +351,7 @@ class RunState:
     sums:dict = field(default_factory=dict)   # running sums of the present epoch
     seconds:float = 0.              # training time of the present epoch
     bad_steps:int = 0               # non-finite steps in a row
+    outcome:object = None           # `Outcome` of a step that nobody has asked about yet
 
 # %% ../nbs/31_engine.ipynb #3ca66440
 def start_phase(
@@ -441,6 +442,37 @@ def forward_all(state:RunState, samples, targets:list, counts:tuple, config:Conf
     if any_of(error is not None): raise error or NonFiniteError("another process met a prediction or a cost that is not finite")
     return losses
 
+# %% ../nbs/31_engine.ipynb #95d2fbd9
+class Outcome:
+    "Was a step finite? The device knows; the host may ask at once, or later."
+    def __init__(self, norm:Tensor, losses:dict, parts:list, batch:int):
+        self.losses, self.parts, self.batch, self.copied = losses, [(None, targets) for _, targets in parts], batch, None
+        values = dict(gradient=norm) if world_size() > 1 else dict(loss=losses["loss"], gradient=norm)  # the gradient is everybody's: all decide alike
+        self.names, values = list(values), torch.stack([v.float() for v in values.values()])
+        self.finite, self.host = values.isfinite().all(), values
+        if values.is_cuda:
+            self.host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self.copied = torch.cuda.Event(); self.copied.record()
+
+    def leave_out(self, optimizer:torch.optim.Optimizer)->dict: # the losses, 0 if the step is not finite
+        "Let the fused optimiser leave its next step out if it is not finite."
+        optimizer.grad_scale, optimizer.found_inf = None, (~self.finite).float()
+        return {k: torch.where(self.finite, v, 0) for k, v in self.losses.items()}
+
+    def check(self):
+        "Wait for the answer. Raises: NonFiniteError."
+        if self.copied is not None: self.copied.synchronize()
+        for what, value in zip(self.names, self.host.tolist()):
+            if not math.isfinite(value): raise _not_finite(what, self.parts, self.losses)
+
+# %% ../nbs/31_engine.ipynb #626cffa5
+def asks_later(
+    optimizer:torch.optim.Optimizer,
+    device:torch.device,
+)->bool:
+    "Whether the host learns how a step went during the next: where it would have to wait for a GPU, and the fused optimiser can leave a step out by itself."
+    return device.type == "cuda" and bool(optimizer.defaults["fused"])
+
 # %% ../nbs/31_engine.ipynb #ad67e2d9
 def train_step(
     state:RunState,
@@ -448,7 +480,7 @@ def train_step(
     config:Config,
     device:torch.device,
 )->dict: # losses, mean over the parts, tensors
-    "One optimiser step, of all processes together. Raises: NonFiniteError, without having changed any weight."
+    "One optimiser step, of all processes together. A step that is not finite changes no weight: it raises NonFiniteError, now, or later from `state.outcome.check()`."
     t, total, counts = config.train, {}, batch_counts(parts)
     state.optimizer.zero_grad(set_to_none=True)
     for number, (samples, targets) in enumerate(parts, 1):
@@ -461,8 +493,9 @@ def train_step(
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(weights, t.clip_max_norm or float("inf"))
     if not state.scaler.is_enabled():
-        for what, value in zip(("loss", "gradient"), torch.stack((total["loss"].float(), norm.float())).tolist()): # both at once: the host waits for the device
-            if not math.isfinite(value): raise _not_finite(what, parts, total)
+        outcome = Outcome(norm, total, parts, state.batch)
+        if asks_later(state.optimizer, device): state.outcome, total = outcome, outcome.leave_out(state.optimizer)
+        else: outcome.check()
     state.scaler.step(state.optimizer); state.scaler.update()
     if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
         raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")
@@ -648,16 +681,29 @@ def _grouped(loader, n):
             return
 
 # %% ../nbs/31_engine.ipynb #4f9c8fed
-def _note_bad_step(state, error, parts, config, folder):
+def _note_bad_step(state, error, parts, batch, config, folder):
     "Record a step that was not applied; after `nonfinite_patience` in a row save the last good state and raise."
     state.bad_steps += 1
     images = sum(gathered([int(x["image_id"]) for _, ts in parts for x in ts]), [])
-    line = dict(phase=state.phase, epoch=state.epoch + 1, batch=state.batch, images=images, error=str(error),
+    line = dict(phase=state.phase, epoch=state.epoch + 1, batch=batch, images=images, error=str(error),
                 terms={k: v if math.isfinite(v) else str(v) for k, v in error.terms.items()})
     on_main(lambda: append_line(folder/"nonfinite.jsonl", line))
     if state.bad_steps < config.train.nonfinite_patience: return
     save_checkpoint(state, config, folder)
     raise NonFiniteError(f"{state.bad_steps} steps in a row were not finite, the last: {error}; see {folder/'nonfinite.jsonl'}")
+
+# %% ../nbs/31_engine.ipynb #7c0aafaa
+def settle(
+    state:RunState,
+    outcome:Outcome|None, # of a step; None: it was asked before
+    config:Config,
+    folder:Path,
+)->None:
+    "Ask how a step went and write it down. Raises: NonFiniteError after too many in a row."
+    if outcome is state.outcome: state.outcome = None
+    if outcome is None: return
+    try: outcome.check(); state.bad_steps = 0
+    except NonFiniteError as e: _note_bad_step(state, e, outcome.parts, outcome.batch, config, folder)
 
 # %% ../nbs/31_engine.ipynb #5676a2eb
 def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, folder:Path, asked:threading.Event, epochs:int, progress:bool=True)->dict:
@@ -671,20 +717,26 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
     for parts in _grouped(loader, t.accumulate):
         step = state.epoch * per_epoch + state.batch
         for group in state.optimizer.param_groups: group["lr"] = group["base_lr"] * lr_factor(step, per_epoch, config, epochs)
+        earlier, state.outcome, error = state.outcome, None, None
         try:
             for k, v in train_step(state, parts, config, device).items(): state.sums[k] = state.sums.get(k, 0.) + v
-            state.bad_steps, state.sums["steps"] = 0, state.sums.get("steps", 0) + 1
+            state.sums["steps"] = state.sums.get("steps", 0) + (state.outcome.finite if state.outcome else 1)
             if state.ema is not None: update_ema(state.ema, state.model, min(t.ema_decay, (1 + step) / (10 + step)))
-        except NonFiniteError as e: _note_bad_step(state, e, parts, config, folder)
-        state.batch += 1; bar.update()
+            state.batch += 1
+        except NonFiniteError as e: error = e
+        settle(state, earlier, config, folder)                                             # its number has come while this step was matched
+        if error is not None: _note_bad_step(state, error, parts, state.batch, config, folder); state.batch += 1
+        elif state.outcome is None: state.bad_steps = 0
+        bar.update()
         now = time.monotonic(); state.seconds = before + now - begun
         stop, due = totals(asked.is_set(), now - saved > 60 * t.checkpoint_minutes)        # what one process asks for, all do
-        if stop or due: save_checkpoint(state, config, folder); saved = now
+        if stop or due: settle(state, state.outcome, config, folder); save_checkpoint(state, config, folder); saved = now
         if stop: raise Stopped
     bar.close()
+    settle(state, state.outcome, config, folder)
     save_checkpoint(state, config, folder) # whatever evaluation may meet, the epoch is not lost
     sums = mean_sums(state.sums)
-    return {k: float(v) / max(sums.get("steps", 0), 1) for k, v in sums.items() if k != "steps"}
+    return {k: float(v) / max(float(sums.get("steps", 0)), 1) for k, v in sums.items() if k != "steps"}
 
 # %% ../nbs/31_engine.ipynb #219c26e9
 LOGS = {"pretrain": "pretrain.jsonl", "poet": "metrics.jsonl"} # the log of each phase

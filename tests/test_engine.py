@@ -26,6 +26,7 @@ from poet_nb.backbone import BACKBONES
 from poet_nb.config import CheckpointError, Config, DataError, NonFiniteError, PoetError, override, preset, save_config
 from poet_nb.engine import fit, lr_factor, read_checkpoint, restore, save_checkpoint, start_phase, train_step
 from poet_nb.poet import Poet, build_poet
+from poet_nb.switches import HostWaits
 from poet_nb.synth import SynthConfig, make_synth
 
 CPU = torch.device("cpu")
@@ -516,6 +517,54 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_a_run(scenes, tmp_path, mon
     assert len(fit(config, tmp_path / "run", progress=False)) == 3 and len(spoilt) == 4
 
 
+def ask_later(monkeypatch):
+    "Judge steps on a CPU as on a GPU: the optimiser leaves a bad step out, the host hears of it in the next one."
+    monkeypatch.setattr(engine, "asks_later", lambda optimizer, device: optimizer.defaults["fused"])
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_judged_later_is_left_out_all_the_same(scenes, tmp_path, monkeypatch, how):
+    config, asked = small(scenes, **{"train.ema_decay": 0., "train.epochs": 3, "train.accumulate": 2, "train.batch_size": 4}), []
+    poisoned(monkeypatch, lambda ids: 3 in ids, how)
+    logs = {"now": fit(config, tmp_path / "now", progress=False)}
+    ask_later(monkeypatch)
+    check = engine.Outcome.check
+    monkeypatch.setattr(engine.Outcome, "check", lambda self: (asked.append(self.batch), check(self)))
+    logs["later"] = fit(config, tmp_path / "later", progress=False)
+    assert asked == [0, 1, 2] * (len(asked) // 3) and len(asked) == 3 * (config.train.pretrain_epochs + 3), "every step was judged, in its turn"
+    bad = [[json.loads(line) for line in (tmp_path / n / "nonfinite.jsonl").read_text().splitlines()] for n in logs]
+    ours, theirs = (read_checkpoint(tmp_path / n) for n in ("later", "now"))
+    assert len(bad[0]) >= 3 and bad[0] == bad[1]
+    assert all(difference(ours[part], theirs[part], part) is None for part in ("task", "optimizer", "epoch", "batch"))
+    for a, b in zip(*logs.values(), strict=True):
+        assert difference(*({k: v for k, v in line.items() if k != "seconds"} for line in (a, b))) is None, "means, scores and losses are the same"
+
+
+def test_too_many_bad_steps_stop_a_run_that_judges_later(scenes, tmp_path, monkeypatch):
+    config, count = small(scenes, **{"train.batch_size": 2, "train.pretrain_epochs": 0, "train.ema_decay": 0.}), [0]
+    def late(ids):
+        count[0] += 1
+        return count[0] > 2
+    with monkeypatch.context() as m:
+        ask_later(m); poisoned(m, late)
+        with pytest.raises(NonFiniteError, match="3 steps in a row"): fit(config, tmp_path / "run", progress=False)
+    assert [json.loads(line)["batch"] for line in (tmp_path / "run/nonfinite.jsonl").read_text().splitlines()] == [2, 3, 4]
+    found = read_checkpoint(tmp_path / "run")
+    assert all(x.isfinite().all() for x in found["task"].values() if x.is_floating_point())
+    assert {int(s["step"]) for s in found["optimizer"]["state"].values()} == {2}, "only the good steps count"
+    log = fit(config, tmp_path / "run", resume=True, progress=False)
+    assert len(log) == 2 and all(math.isfinite(line["train"]["loss"]) for line in log)
+
+
+def test_a_step_that_is_judged_later_waits_only_for_the_matching(scenes, monkeypatch):
+    config = small(scenes)
+    state, batch = start_phase("poet", Poet(config), config, CPU), next(iter(engine.train_loader(config, CPU)[0]))
+    ask_later(monkeypatch)
+    with HostWaits(CPU) as waits: train_step(state, [batch], config, CPU)
+    assert waits.counts == {"cpu": 1} and state.outcome is not None
+    state.outcome.check()
+
+
 def test_broken_weights_are_found_by_the_matcher(scenes, tmp_path):
     config = small(scenes)
     state = start_phase("poet", Poet(config), config, CPU)
@@ -524,6 +573,49 @@ def test_broken_weights_are_found_by_the_matcher(scenes, tmp_path):
     samples, targets = next(iter(loader))
     with pytest.raises(NonFiniteError) as error: train_step(state, [(samples, targets)], config, CPU)
     assert all(str(int(t["image_id"])) in str(error.value) for t in targets) and "class" in str(error.value)
+
+
+# ---- small images first -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, {"data.buckets": True, "data.pad_multiple": 32}, {"data.workers": 1}])
+def test_images_grow_when_they_are_to(scenes, changes):
+    "32 px in the pre-training and the first epoch, then 64."
+    config = small(scenes, **{"data.small_epochs": 1, "data.small_share": .5, "data.pad_multiple": 32} | changes)
+    loader, batches = engine.train_loader(config, CPU)
+    def sides():
+        return {max(samples.tensors.shape[2:]) for samples, _ in loader}
+    for epoch, side in ((0, 32), (1, 64), (engine.PRETRAINING, 32), (engine.PRETRAINING + 1, 32), (5, 64)):
+        batches.epoch = epoch
+        assert sides() == {side}
+    samples, _ = next(iter(engine.eval_loader(config, CPU)))
+    assert max(samples.tensors.shape[2:]) == 64, "evaluation has its size throughout"
+
+
+def test_a_run_that_grows_goes_on_as_if_nothing_had_happened(scenes, tmp_path, monkeypatch):
+    config = small(scenes, **{"data.small_epochs": 1, "data.pad_multiple": 32})
+    whole, steps = fit(config, tmp_path / "whole", progress=False), [0]
+    def stops(*args):
+        steps[0] += 1
+        if steps[0] in (2, 5): signal.raise_signal(signal.SIGINT)
+        return train_step(*args)
+    monkeypatch.setattr(engine, "train_step", stops)
+    for _ in range(3): log = fit(config, tmp_path / "parts", resume=(tmp_path / "parts").exists(), progress=False)
+    assert len(log) == len(whole) == 2
+    assert all(difference(a[k], b[k], k) is None for a, b in zip(log, whole) for k in ("train", "val", "coco"))
+
+
+def test_a_program_that_leaves_a_loader_open_ends(scenes):
+    code = f"""
+import torch
+from poet_nb.config import override, preset
+from poet_nb.engine import train_loader
+config = override(preset("poet_tiny"), **{{"data.root": {str(scenes)!r}, "data.workers": 2, "train.batch_size": 2}})
+loader, _ = train_loader(config, torch.device("cpu"))
+it = iter(loader)
+print(len(next(it)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, start_new_session=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 
 # ---- images that can't be read ------------------------------------------------------------------------------------------
