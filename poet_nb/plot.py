@@ -6,8 +6,8 @@
 __all__ = ['PALETTE', 'MM', 'ONE_COLUMN', 'TWO_COLUMNS', 'STYLE', 'FALSE_COLOR', 'MISSED_COLOR', 'LOSS_PARTS', 'CURVE_COLORS',
            'METADATA', 'person_color', 'paper_style', 'to_image', 'joint_states', 'show_image', 'draw_person',
            'check_joints', 'draw_poses', 'overlay_poses', 'aspect_of', 'gallery', 'contact_sheet', 'plot_predictions',
-           'read_metrics', 'lr_drops', 'mark_lr_drops', 'join_logs', 'mark_parts', 'loss_parts', 'plot_losses',
-           'plot_map', 'run_caption', 'markdown_table', 'save_fig']
+           'read_metrics', 'lr_drops', 'mark_lr_drops', 'join_logs', 'read_parts', 'mark_parts', 'loss_parts',
+           'plot_losses', 'plot_map', 'run_caption', 'markdown_table', 'save_fig']
 
 # %% ../nbs/02_plot.ipynb #f5992308
 import io, json, os
@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import DataError, PoetError, write_atomic
+from .config import DataError, PoetError, load_config, write_atomic
 from .keypoints import COCO_PERSON, Skeleton
 
 # %% ../nbs/02_plot.ipynb #7d3879ee
@@ -350,6 +350,22 @@ def join_logs(
         starts[int(tables[-1]["epoch"].min())], done = name, int(tables[-1]["epoch"].max())
     return pd.concat(tables, ignore_index=True), starts
 
+# %% ../nbs/02_plot.ipynb #328c68a6
+def read_parts(
+    folders:Sequence[str|os.PathLike], # run folders that went on from each other, mostly one
+)->tuple[pd.DataFrame, dict[int, str], str]: # one log; first epoch of each part -> its image size; a sentence about them, empty if there is one part
+    "The log of a training from its first epoch, and where its images grew."
+    folders = [Path(folder) for folder in folders]
+    configs, words = [load_config(folder).data for folder in folders], ""
+    sizes = [f"{data.eval_scale} px" for data in configs]
+    metrics, starts = join_logs({size if len(set(sizes)) == len(sizes) else folder.name: read_metrics(folder) for size, folder in zip(sizes, folders)})
+    tell = lambda: " and ".join(f"{end - first} epochs at {name}" for (first, name), end in zip(starts.items(), [*list(starts)[1:], int(metrics["epoch"].max()) + 1]))
+    if len(folders) > 1: words = f"Runs that went on from each other's weights ({', then '.join(f.name for f in folders)}): {tell()}, with a line between them. "
+    elif 0 < configs[0].small_epochs < int(metrics["epoch"].max()):
+        starts = {1: f"{round(configs[0].eval_scale * configs[0].small_share)} px", configs[0].small_epochs + 1: sizes[0]}
+        words = f"The training images grew, {tell()}, with a line between them; the validation images have {sizes[0]} throughout. "
+    return metrics, starts, words
+
 # %% ../nbs/02_plot.ipynb #121d7303
 def mark_parts(
     ax, # a matplotlib axis over epochs
@@ -419,8 +435,9 @@ def _draw_curve(ax, metrics, name, strong):
 
 # %% ../nbs/02_plot.ipynb #835dff20
 def _draw_lr(ax, metrics, starts):
-    "A smooth schedule of the learning rate, in units of its power of ten; each part of a run has a line of its own."
-    power, bounds = int(np.floor(np.log10(metrics["lr"].max()))), [*sorted(starts or [0]), np.inf]
+    "A smooth schedule of the learning rate, in units of its power of ten; a part of a run that begins anew has a line of its own."
+    rises = metrics.loc[metrics["lr"].diff() > 0, "epoch"]                                              # a part may also go on with the rate of the one before
+    power, bounds = int(np.floor(np.log10(metrics["lr"].max()))), [0, *sorted(set(rises) & set(starts or ())), np.inf]
     for first, end in zip(bounds, bounds[1:]):
         part = metrics[metrics["epoch"].between(first, end, inclusive="left")]
         ax.plot(part["epoch"], part["lr"] / 10. ** power, color=".4", linewidth=1)
