@@ -404,7 +404,7 @@ def report_run(
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
-         option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_r50, poet_dc5_r50 or ae_r50"),
+         option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_tiny_growing, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, at this http(s) address, of owner/name on the hub, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),

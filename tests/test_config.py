@@ -12,7 +12,7 @@ from poet_nb.config import (AEConfig, Config, ConfigError, DataConfig, DataError
                             preset, save_config, write_atomic)
 
 PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainConfig, ae=AEConfig)
-PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "ae_r50"]
+PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "poet_tiny_growing", "ae_r50"]
 FIELDS = [(part, f.name) for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
 KINDS = {(part, name): kind for part, cls in PARTS.items() for name, kind in typing.get_type_hints(cls).items()}
 CHOICES = {"unposed": ("person", "nobody"), "stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
