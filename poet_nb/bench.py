@@ -10,7 +10,7 @@ __all__ = ['PIECES', 'PARTS', 'FAST', 'wait_for', 'time_in_turns', 'summary', 'm
            'plot_bench', 'save_bench']
 
 # %% ../nbs/32d_bench.ipynb #5f8dea0b
-import json, resource, sys, tempfile, time
+import json, sys, tempfile, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -29,7 +29,7 @@ from .config import Config, ConfigError, override, preset, write_atomic
 from .plot import PALETTE, TWO_COLUMNS, paper_style
 from .synth import SynthConfig, make_synth
 from .transforms import NestedTensor
-from .switches import HostWaits
+from .switches import count_waits
 from .engine import autocast, autocast_dtype, environment, eval_loader, evaluate, new_model, start_phase, to_device, train_loader, train_step
 from .predict import predict
 
@@ -145,7 +145,10 @@ def peak_memory(
     "The most memory since it was last forgotten: allocated on a GPU, resident of the process on a CPU."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except OSError: pass
+    try: import resource
+    except ImportError: return 0                                                       # Windows does not tell
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/32d_bench.ipynb #3076ff9b
 def forget_peak(
@@ -219,18 +222,17 @@ def bench_step(
     "Time the training step of a POET on noise."
     if config.model.method != "poet": raise ConfigError(f"field model.method: the step of {config.model.method!r} has other pieces; bench a POET")
     state, (samples, targets) = start_phase("poet", new_model(override(config, **{"train.init": "none"})), config, device), noise_batch(config, size, batch)
-    if not config.train.channels_last: samples.tensors = samples.tensors.contiguous()
     state.task.train()
     if device.type == "cuda": samples, _ = samples.pin_memory(), torch.cuda.reset_peak_memory_stats(device)
     step = lambda: train_step(state, [(samples, targets)], config, device)
     step()
-    with HostWaits(device) as waits: step()
+    waits = count_waits(step, device)
     with torch.compiler.set_stance("force_eager"): flops, moved = count_flops(step), count_bytes(step)
     pieces = []
     times = time_in_turns({"step": step, "pieces": lambda: pieces.append(step_pieces(state, samples, targets, config, device))}, device, rounds, warmup=1)
     whole = summary(times["step"])
     return dict(size=list(size), batch=batch, step=whole, images_per_second=batch / whole["median"], flops=flops, flops_per_second=flops / whole["median"],
-                bytes=moved, bytes_per_second=moved / whole["median"], pieces={name: summary([p[name] for p in pieces[1:]]) for name in PIECES}, peak_memory=peak_memory(device), host_waits=waits.counts)
+                bytes=moved, bytes_per_second=moved / whole["median"], pieces={name: summary([p[name] for p in pieces[1:]]) for name in PIECES}, peak_memory=peak_memory(device), host_waits=waits)
 
 # %% ../nbs/32d_bench.ipynb #07b703ab
 @contextmanager

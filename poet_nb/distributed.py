@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['world_size', 'rank', 'is_main', 'by_torchrun', 'was_restarted', 'mark_begun', 'local_gpu', 'fresh_part',
            'said_by_main', 'processes', 'leave', 'totals', 'any_of', 'gathered', 'on_main', 'share_of', 'seed_process',
-           'in_parallel', 'averaging', 'main_first', 'copy_buffers']
+           'in_parallel', 'averaging', 'main_first', 'copy_buffers', 'meet_anyway']
 
 # %% ../nbs/30b_distributed.ipynb #0bb32a55
 import multiprocessing, os, sys, time
@@ -121,13 +121,15 @@ def processes(
     part = fresh_part(store, me, of, minutes) if store else None
     where = dict(store=part, rank=me, world_size=of) if store else {}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes), **where)
+    failed = True
     try:
         yield
-        dist.barrier()                                                 # nobody hangs up while another one still listens
+        dist.barrier(); failed = False                                 # nobody hangs up while another one still listens
     except Exception as error:
         error.untold = not said_by_main(error, part, me)
         raise
-    finally: dist.destroy_process_group()
+    finally:
+        if not (failed and device.type == "cuda"): dist.destroy_process_group() # NCCL would wait for the others; `leave` ends this one
 
 # %% ../nbs/30b_distributed.ipynb #9f7dd58e
 def leave(
@@ -233,3 +235,10 @@ def copy_buffers(
     "Give all processes the running statistics of the main one."
     if world_size() > 1:
         for buffer in model.buffers(): dist.broadcast(buffer, 0)
+
+# %% ../nbs/30b_distributed.ipynb #be55b1cb
+def meet_anyway(
+    parallel:nn.Module, # of `in_parallel`, whose forward pass has failed
+)->None:
+    "Leave `DistributedDataParallel` as it is in the processes whose forward pass came through."
+    if isinstance(parallel, nn.parallel.DistributedDataParallel) and parallel.require_backward_grad_sync: parallel.reducer.prepare_for_backward([])

@@ -37,7 +37,7 @@ from .pretrain import DensePretrainer, seed_decoder
 from .coco_eval import evaluate_keypoints, load_ground_truth, save_results, to_coco_results
 from .buckets import BucketOrder
 from .switches import compile_parts, keep_memory
-from .distributed import (any_of, averaging, by_torchrun, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, mark_begun, on_main, processes, rank, seed_process, share_of,
+from .distributed import (any_of, averaging, by_torchrun, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, mark_begun, meet_anyway, on_main, processes, rank, seed_process, share_of,
                                  totals, world_size)
 
 # %% ../nbs/31_engine.ipynb #42dc9d0d
@@ -139,11 +139,11 @@ def loader_faults()->Iterator[None]:
     "Say in words that a loader process has died or hangs. Raises: WorkerError."
     try: yield
     except (RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, EOFError) and not str(error) or getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+        if isinstance(error, EOFError) and not str(error) or getattr(error, "errno", None) == errno.EMFILE or re.search("Too many open files|[Pp]in memory thread exited", str(error)):
             raise WorkerError("a loader process can't hand over its batch, most likely for too many open files; `ulimit -n 65536` before the command allows more, a smaller train.batch_size or --set data.workers=0 need fewer") from error
         found = isinstance(error, RuntimeError) and re.search(r"DataLoader (worker \(pid|timed out)", str(error))
         if not found: raise
-        what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer") if found[1] == "timed out" else
+        what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer; on a GPU it may also be too many open files (`ulimit -n 65536`)") if found[1] == "timed out" else
                         ("has died", "most often for lack of memory: fewer loader processes or smaller images help"))
         raise WorkerError(f"a loader process {what} ({str(error).splitlines()[0]:.120}): {remedy}, --set data.workers=0 does without; "
                           "a run goes on with --resume") from error
@@ -175,7 +175,7 @@ class LoaderProcess(multiprocessing.Process):
 @atexit.register
 def end_loaders()->None:
     "End what loader processes there are still; registered for the end of the program, which would wait for them."
-    left = [p for p in multiprocessing.active_children() if isinstance(p, LoaderProcess)]
+    left = [p for p in multiprocessing.active_children() if isinstance(p, LoaderProcess) and p._parent_pid == os.getpid()] # not of a process that forked this one
     if left: signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # PyTorch's handler takes the death of a loader process for an error
     for process in left: process.kill()
 
@@ -274,7 +274,7 @@ def make_optimizer(
     for n, p in model.named_parameters():
         if p.requires_grad: parts["backbone" in n].append(p)
     groups = [dict(params=ps, base_lr=lr or (t.lr_backbone if backbone else t.lr)) for backbone, ps in parts.items() if ps]
-    return torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=t.fused and groups[0]["params"][0].device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=(t.fused or None) if groups[0]["params"][0].device.type in ("cuda", "cpu") else False) # None: PyTorch chooses
 
 # %% ../nbs/31_engine.ipynb #6c6fe109
 def lr_factor(
@@ -392,7 +392,7 @@ def to_device(
 ):
     "Copy a batch to the device and normalise it there."
     samples = normalize(samples.to(device, non_blocking=device.type == "cuda"))
-    if config.train.channels_last: samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last)
+    samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
     return samples
 
 # %% ../nbs/31_engine.ipynb #308fff51
@@ -438,7 +438,9 @@ def forward_all(state:RunState, samples, targets:list, counts:tuple, config:Conf
     error = None
     try:
         with autocast(config, samples.tensors.device): losses = state.parallel(samples, targets, *counts)
-    except NonFiniteError as e: error = e
+    except NonFiniteError as e:
+        error = e
+        meet_anyway(state.parallel)
     if any_of(error is not None): raise error or NonFiniteError("another process met a prediction or a cost that is not finite")
     return losses
 
@@ -452,12 +454,12 @@ class Outcome:
         self.finite, self.host = values.isfinite().all(), values
         if values.is_cuda:
             self.host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            self.copied = torch.cuda.Event(); self.copied.record()
+            self.copied = torch.cuda.Event(); self.copied.record(torch.cuda.current_stream(values.device))
 
     def leave_out(self, optimizer:torch.optim.Optimizer)->dict: # the losses, 0 if the step is not finite
         "Let the fused optimiser leave its next step out if it is not finite."
         optimizer.grad_scale, optimizer.found_inf = None, (~self.finite).float()
-        return {k: torch.where(self.finite, v, 0) for k, v in self.losses.items()}
+        return dict(zip(self.losses, torch.where(self.finite, torch.stack(list(self.losses.values())), 0).unbind()))
 
     def check(self):
         "Wait for the answer. Raises: NonFiniteError."
@@ -497,6 +499,7 @@ def train_step(
         if asks_later(state.optimizer, device): state.outcome, total = outcome, outcome.leave_out(state.optimizer)
         else: outcome.check()
     state.scaler.step(state.optimizer); state.scaler.update()
+    if state.outcome is not None: del state.optimizer.grad_scale, state.optimizer.found_inf
     if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
         raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")
     return total
@@ -539,7 +542,7 @@ def evaluate(
         with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
-        people = [compact(p) for p in people]
+        people = [compact({k: v.cpu() for k, v in p.items()}) for p in people]
         found.append(to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids))
     found, sums, images = zip(*gathered((found, sums, images)))                                        # by process; they took the batches in turn
     results = [person for turn in zip_longest(*found, fillvalue=()) for batch in turn for person in batch]
@@ -642,6 +645,7 @@ def restore(
     wrong = [d for d in wrong if d.split(":")[0] not in _may_change(config)]
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder")
     state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
+    for group in found["optimizer"]["param_groups"]: group["fused"] = state.optimizer.defaults["fused"] # by the device of today
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
     if state.ema is not None: state.ema.load_state_dict(found["ema"])
     for name in ("epoch", "batch", "sums", "seconds"): setattr(state, name, found[name])

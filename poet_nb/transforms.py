@@ -557,5 +557,5 @@ def normalize(
 )->NestedTensor: # (B, 3, H, W) zero mean, unit variance; padding exactly 0
     "Subtract the mean and divide by the deviation, on the device where the batch is."
     x, full = samples.tensors, 255. if samples.tensors.dtype == torch.uint8 else 1.
-    mean, std = (full * torch.tensor(v, device=x.device).view(3, 1, 1) for v in (mean, std))
+    mean, std = ((full * torch.tensor(v).view(3, 1, 1)).to(x.device, non_blocking=x.is_cuda) for v in (mean, std)) # made on the device, the host would wait for it
     return NestedTensor(((x.float() - mean) / std).masked_fill_(samples.mask[:, None], 0).to(dtype), samples.mask)

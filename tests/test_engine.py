@@ -563,6 +563,20 @@ def test_a_step_that_is_judged_later_waits_only_for_the_matching(scenes, monkeyp
     with HostWaits(CPU) as waits: train_step(state, [batch], config, CPU)
     assert waits.counts == {"cpu": 1} and state.outcome is not None
     state.outcome.check()
+    assert not hasattr(state.optimizer, "found_inf"), "a step that is made by hand is made"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_of_another_kind_of_device_is_gone_on_with(scenes, tmp_path, monkeypatch, fused):
+    "On Apple's GPUs AdamW is not fused; the checkpoint says so, and the device of today decides."
+    config = small(scenes, **{"train.pretrain_epochs": 0, "train.fused": fused})
+    fit(override(config, **{"train.epochs": 1}), tmp_path / "run", progress=False)
+    found = read_checkpoint(tmp_path / "run")
+    for group in found["optimizer"]["param_groups"]: group["fused"] = False
+    state = restore(found, override(config, **{"train.epochs": 1}), CPU)
+    assert [bool(group["fused"]) for group in state.optimizer.param_groups] == [fused] * 2
+    ask_later(monkeypatch)
+    train_step(state, [next(iter(engine.train_loader(config, CPU)[0]))], config, CPU)
 
 
 def test_broken_weights_are_found_by_the_matcher(scenes, tmp_path):
