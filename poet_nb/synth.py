@@ -919,7 +919,7 @@ def place_people(
         person = random_person(rng, height, camera.pitch)
         floor = camera.horizon + camera.eye * height / stature + rng.gauss(0, 0.03) * size
         top, bottom = extent(person)[1::2]
-        floor = min(max(floor, 0.45 * height), size - top - 0.4 * (bottom - top)) # half the body in the image
+        floor = min(max(floor, 0.45 * height), size - top - 0.4 * (bottom - top)) # at least 0.4 of the body in the image
         limit, best = config.occlusion * rng.uniform(0, 1.2), (9., None)
         for _ in range(8):
             there = move(person, rng.uniform(0.02, 0.98) * size, floor)
