@@ -64,7 +64,7 @@ test: install ## nbdev_test and pytest; slow tests left out
 	@status=0; $(MAKE) test-notebooks || status=1; $(MAKE) test-python || status=1; exit $$status
 
 test-notebooks: install data
-	@$(SCRIPTS)/nbdev_test --n_workers $(JOBS) --do_print --timing
+	@"$(SCRIPTS)/nbdev_test" --n_workers $(JOBS) --do_print --timing
 
 test-python: install
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile
@@ -82,7 +82,7 @@ tidy: install ## clean notebooks of counters, metadata and addresses; outputs st
 	@$(PY) tools/notebooks.py $(NB)
 
 export: install ## notebooks -> poet_nb/
-	@$(SCRIPTS)/nbdev_export
+	@"$(SCRIPTS)/nbdev_export"
 
 readme: install ## nbs/index.ipynb -> README.md
 	@$(PY) tools/readme.py

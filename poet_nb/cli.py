@@ -6,12 +6,12 @@
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
            'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device',
            'split_remedy', 'find_data', 'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config',
-           'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index', 'model_named',
-           'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'run_eval', 'expand_sources',
-           'overlay_path', 'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'run_predict',
-           'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command',
-           'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets',
-           'check_dataset', 'check_run', 'check_runs', 'run_doctor']
+           'lost_weights', 'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index',
+           'model_named', 'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'run_eval',
+           'expand_sources', 'overlay_path', 'PredictJob', 'predict_images', 'predict_frames_of', 'local_files',
+           'run_job', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size',
+           'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split',
+           'check_datasets', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -77,7 +77,7 @@ def memory_remedy(
     at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
     steps = [f"--set train.accumulate={more} (the same batch in more parts)"] if more else []
-    if not training and at_once > 1: steps.append(f"--set train.batch_size={at_once // 2} (fewer images at once)")
+    if not training and at_once > 1: steps.append(f"--set train.accumulate=1 train.batch_size={at_once // 2} (fewer images at once)")
     if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
     return f"there are {at_once} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
@@ -356,21 +356,35 @@ def train_config(
     elif args.preset: config = preset(args.preset)
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
     elif args.init and Path(args.init).is_dir(): config = load_config(args.init)
+    elif args.init and Path(args.init).is_file() and Path(args.init).with_name("config.json").is_file(): config = load_config(Path(args.init).parent)
     elif args.init and not Path(args.init).exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
     else: config = preset("poet_tiny")
     return with_settings(config, args)
 
+# %% ../nbs/33_cli.ipynb #6692db3b
+_ANEW = "its weights were not kept; train anew with the command in its README.md, or take another run"
+
 # %% ../nbs/33_cli.ipynb #8b2e07e0
+def lost_weights(
+    run:Path, # run folder
+)->bool:
+    "Has a run results, but neither weights nor a checkpoint? So are committed runs that are there for their logs."
+    return (run / "metrics.jsonl").is_file() and not any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt", "model.safetensors"))
+
 def check_resume(
-    run:Path,    # run folder
-    resume:bool, # --resume was given
+    run:Path,         # run folder
+    resume:bool,      # --resume was given
+    init:bool=False,  # so was --init
 )->None:
     "Raises: CheckpointError where --resume has nothing to go on from, or would begin anew over results that are there."
     if not resume or any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt")): return
     if not (run / "config.json").exists(): raise CheckpointError(f"{run}: there is no run to go on with; start it without --resume")
     if any((run / name).exists() for name in ("metrics.jsonl", "pretrain.jsonl", "model.safetensors")):
-        raise CheckpointError(f"{run}: has results but no checkpoint.pt (committed runs have none), so it can't be gone on with; "
-                              f"start another from its weights: poet train --run OTHER --init {run}")
+        remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"
+        raise CheckpointError(f"{run}: has results but no checkpoint.pt (committed runs have none), so it can't be gone on with; {remedy}")
+    facts = run / "environment.json"
+    begun = json.loads(facts.read_bytes()).get("init") if facts.is_file() else None
+    if begun and not init: raise CheckpointError(f"{run}: was stopped before its first checkpoint, and had begun from other weights: give --init {shlex.quote(begun['path'])} again, with --resume")
 
 # %% ../nbs/33_cli.ipynb #14923517
 def weights_of(
@@ -382,7 +396,8 @@ def weights_of(
     source = Path(source)
     file = source / "model.safetensors" if source.is_dir() else source
     if file.is_file(): return file
-    if source.is_dir(): raise CheckpointError(f"{file}: there is no such file; a run writes it after its first evaluation (`poet train --run {source} --resume` goes on)")
+    if source.is_dir() and lost_weights(source): raise CheckpointError(f"{file}: there is no such file, {_ANEW}")
+    if source.is_dir(): raise CheckpointError(f"{file}: there is no such file; a run writes it after its first evaluation (`poet train --run {shlex.quote(str(source))} --resume` goes on)")
     raise CheckpointError(f"{source}: there is no such run folder or file of weights; is the path right? (`poet train` makes run folders)")
 
 # %% ../nbs/33_cli.ipynb #daf2c12e
@@ -415,7 +430,7 @@ def run_train(
     "`poet train`: check everything that can be checked, then train."
     args.resume |= was_restarted()
     args.quiet |= not is_main()
-    if is_main() and not was_restarted(): check_resume(args.run, args.resume)
+    if is_main() and not was_restarted(): check_resume(args.run, args.resume, bool(args.init))
     config, told = train_config(args), []
     device, d, t = usable_device(config.train.device), config.data, config.train
     init = weights_of(args.init, config.model.stride) if args.init else None
@@ -567,6 +582,7 @@ def run_eval(
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
         print(f"{poses:,} poses in {images:,} images: {path}\nno scores: COCO's server computes them (cocodataset.org, Upload)")
         return 0
+    if args.out and args.out.is_dir(): raise PoetError(f"{args.out}: this is a folder; name a file in it, such as {args.out / 'results.json'}")
     if args.out: args.out.parent.mkdir(parents=True, exist_ok=True)
     truth, results = (args.annotations, args.results) if args.results else score_run(args)
     numbers = evaluate_keypoints(truth, results, images=args.images, engine=args.engine, verbose=not args.json)
@@ -723,6 +739,7 @@ def run_predict(
 )->int: # exit code
     "`poet predict`: an overlay for each source, and one file with all poses."
     if not args.sources and args.webcam is None: raise PoetError("no SOURCE: give images, videos, folders, patterns or addresses, or --webcam N; `poet predict --help` has an example")
+    if (args.out / "config.json").is_file(): raise PoetError(f"{args.out}: this is a run folder, and its predictions.json would be replaced; give another --out")
     sources, device, model = expand_sources(args.sources), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
     options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
@@ -778,7 +795,7 @@ def figure_job(
     if not find_spec("nbclient"): raise PoetError("executing notebooks needs nbclient: pip install -e '.[dev]', or `make install`, in the repository")
     run, root = args.run or checkout / _RUN, args.data or checkout / "data" / "synth"
     truth = root / "annotations" / f"person_keypoints_{load_config(run).data.val}.json"
-    if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --train 0` draws the validation images, --data names another dataset")
+    if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --folder {shlex.quote(str(root))} --train 0` draws the validation images, --data names another dataset")
     shutil.copytree(checkout / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(checkout / "settings.ini", copy)
     os.symlink(checkout / "data", copy / "data")
@@ -802,13 +819,13 @@ def run_figures(
     "`poet figures`: execute the notebooks, then move what they drew."
     checkout = find_checkout()
     out = args.out or checkout / "figures"
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as copy:
         words, env = figure_job(args, checkout, Path(copy))
         with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL if args.quiet else None) as job:
             try: code = job.wait()
             except KeyboardInterrupt: code = job.wait()                       # it has had the signal too, and ends its kernels
         drawn = sorted(Path(copy, "figures").glob("*"))
-        if drawn: out.mkdir(parents=True, exist_ok=True)
         for file in drawn: shutil.copy(file, out)
     for file in drawn: print(out / file.name)
     if code not in (0, 130): raise PoetError("a notebook failed, see above; what the others drew is kept")
@@ -843,6 +860,7 @@ def run_bench_command(
     config = with_settings(config, args)
     device = usable_device(config.train.device)
     if args.data is not None: check_data(config, [config.data.train, config.data.val])
+    if args.out: args.out.mkdir(parents=True, exist_ok=True)
     with explain_memory(f"give a smaller --batch or --size; for images from files a smaller data.max_size (now {config.data.max_size} pixels)"):
         record = run_bench(config, device, tuple(args.parts.split(",")), args.size, args.batch, args.rounds, steps=args.steps)
     for line in bench_lines(record): print(line)
@@ -921,7 +939,7 @@ def check_datasets(
     "The datasets that the presets use."
     for name in ("synth", "coco"):
         root = folder / name
-        remedy = f"`poet data {name} --folder {root}` " + ("draws people" if name == "synth" else "downloads COCO")
+        remedy = f"`poet data {name} --folder {shlex.quote(str(root))}` " + ("draws people" if name == "synth" else "downloads COCO")
         if not root.is_dir(): yield "warning", str(root), f"not there; {remedy}"
         else: yield from ((level, str(root / split), text) for split in ("train2017", "val2017") for level, text in [check_split(root, split, remedy)])
 
@@ -955,7 +973,8 @@ def check_run(
     try:
         config = load_config(run)
         log = read_metrics(run).iloc[-1] if (run / "metrics.jsonl").is_file() else None
-        if not (run / "model.safetensors").is_file(): return "warning", f"{config.name}, no weights yet; `poet train --run {run} --resume` goes on"
+        if lost_weights(run): return "ok", f"{config.name}, results without weights"
+        if not (run / "model.safetensors").is_file(): return "warning", f"{config.name}, no weights yet; `poet train --run {shlex.quote(str(run))} --resume` goes on"
         load_run(run)
     except PoetError as error: return "error", f"{explain(error)}; restore the file, or train again"
     text = f"{config.name}, weights load"

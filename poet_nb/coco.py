@@ -10,7 +10,7 @@ __all__ = ['COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image', 'read_annotatio
            'write_subset', 'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
-import gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
+import errno, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -584,12 +584,15 @@ def one_at_a_time(
     lock = path.with_name(path.name + ".lock")
     while True:
         held = open(lock, "w")
-        fcntl.flock(held, fcntl.LOCK_EX)
+        try: fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:                                                            # nor do some network file systems have them
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP): raise
+            break
         if lock.exists() and os.fstat(held.fileno()).st_ino == lock.stat().st_ino: break # else the one before has removed it
         held.close()
     with held:
         try: yield
-        finally: lock.unlink()
+        finally: lock.unlink(missing_ok=True)
 
 # %% ../nbs/04_coco.ipynb #1783f006
 def fetch(

@@ -151,7 +151,7 @@ def _prepare(dataset, name, image_ids, sigmas, category_id):
 # %% ../nbs/30_coco_eval.ipynb #d230f67a
 def _read_json(path):
     "Parse a JSON file. Raises: DataError naming it."
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_bytes())
     except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DataError(f"{path}: not valid JSON ({e}); was the file cut short?") from None
 

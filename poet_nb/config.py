@@ -261,7 +261,7 @@ def load_config(
     "Read a configuration. Raises: ConfigError naming the file."
     path = Path(path)
     if path.is_dir(): path = path/"config.json"
-    try: d = json.loads(path.read_text())
+    try: d = json.loads(path.read_bytes())
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; a run folder has a config.json") from None
     except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: not valid JSON ({e})") from None
     return config_from_dict(d, str(path))
@@ -286,7 +286,7 @@ def write_atomic(
     try:
         with names_file(path), open(part, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
+        with names_file(path): os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
 def save_config(
@@ -308,8 +308,10 @@ def override(
         if key == "name": d["name"] = str(value); continue
         if part not in _PARTS or not name: raise ConfigError(f"{key}: a field is written part.name, with a part of {', '.join(_PARTS)}")
         if isinstance(value, str):
-            try: read = json.loads(re.sub(r"(?<![\d.])\.(?=\d)", "0.", value)) # .5 is a number too
-            except ValueError: read = value
+            read = value
+            for text in (value, re.sub(r"(?<![\d.])\.(?=\d)", "0.", value)): # .5 is a number too
+                try: read = json.loads(text); break
+                except ValueError: pass
             if isinstance(read, str) or not isinstance(d[part].get(name), str): value = read   # a folder may be called 2017
         d[part][name] = value
     return config_from_dict(d, "override")

@@ -120,7 +120,7 @@ class SetCriterion(nn.Module):
             pairs = self.matcher(stacked, packed)
             slots, labels = query_slots(pairs, logits.shape), packed.labels.index_select(0, pairs.target)
             people = len(packed.labels) if num_people is None else num_people
-            people = people.clamp(min=1) if isinstance(people, Tensor) else max(people, 1)
+            people = torch.where(people > 0, people, 1) if isinstance(people, Tensor) else people or 1 # a mean over parts may be less than 1
             eos = self.loss.eos_coef # as long as no image has more people than queries, so much is the weight of all slots:
             slot_weight = None if num_images is None else max(eos * logits.shape[2] * num_images + (1 - eos) * num_people, 1e-9)
             terms = torch.cat([class_loss(logits, labels, slots, eos, slot_weight)[None], pose_losses(stacked, packed, pairs, slots) / people])

@@ -97,7 +97,8 @@ def environment(
 )->dict: # JSON-ready
     "What a result depends on beside the configuration: commit, versions, device, threads, seed."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name") or platform.machine()
-    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(_git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed, processes=world_size(),
+    ours = "__file__" not in globals() or _git("ls-files", "--error-unmatch", Path(__file__).name) is not None # else the project that this library is installed in
+    return dict(commit=_git("rev-parse", "HEAD") if ours else None, dirty=bool(ours and _git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed, processes=world_size(),
                 device=device.type, device_name=name, autocast=str(autocast_dtype(config.train.amp, device)).removeprefix("torch."), threads=torch.get_num_threads(), cpus=os.cpu_count(), platform=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__, scipy=scipy.__version__)
 
@@ -168,7 +169,9 @@ def _worker(worker_id):
 
 
 # %% ../nbs/31_engine.ipynb #e6d7a2ef
-class LoaderProcess(multiprocessing.Process):
+_METHOD = "fork" if sys.platform == "linux" else None # None: the system's. Forked processes notice the end of the main one, and it theirs; from Python 3.14 on Linux would have others
+
+class LoaderProcess(multiprocessing.get_context(_METHOD).Process):
     "A loader process; one that hangs is ended by SIGKILL."
     def terminate(self): self.kill()
 
@@ -176,13 +179,13 @@ class LoaderProcess(multiprocessing.Process):
 def end_loaders()->None:
     "End what loader processes there are still; registered for the end of the program, which would wait for them."
     left = [p for p in multiprocessing.active_children() if isinstance(p, LoaderProcess) and p._parent_pid == os.getpid()] # not of a process that forked this one
-    if left: signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # PyTorch's handler takes the death of a loader process for an error
+    if left and hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # PyTorch's handler takes the death of a loader process for an error
     for process in left: process.kill()
 
 # %% ../nbs/31_engine.ipynb #969b75b3
 def _loader_context():
     "What a loader makes its processes with."
-    context = copy.copy(multiprocessing.get_context())
+    context = copy.copy(multiprocessing.get_context(_METHOD))
     context.Process = LoaderProcess
     return context
 
@@ -220,7 +223,9 @@ class ArrangeEpoch:
         images = data.index.images
         self.augment = augment
         self.orders = {id(t): BucketOrder(t, images.sizes[data.rows], images.ids[data.rows], config.train.seed, config.data.pad_multiple) for t in (augment.small, augment.large)}
-    def __call__(self, order:list[int], batch_size:int, epoch:int)->list[int]: return self.orders[id(self.augment(epoch))](order, batch_size, epoch)
+    def of(self, epoch:int)->BucketOrder: return self.orders[id(self.augment(epoch))]
+    def bucket_of(self, index:int, epoch:int)->tuple[int, int]: return self.of(epoch).bucket_of(index, epoch)
+    def __call__(self, order:list[int], batch_size:int, epoch:int)->list[int]: return self.of(epoch)(order, batch_size, epoch)
 
 # %% ../nbs/31_engine.ipynb #92f8ce4c
 def train_loader(
@@ -629,10 +634,10 @@ def config_differences(
     return out
 
 # %% ../nbs/31_engine.ipynb #aa57b7f3
-def _may_change(config):
+def _may_change(config, phase):
     "Fields that a run may be gone on with differently: they change rounding, and which elements dropout draws, but no image and no divisor of a step."
     free = {"train.compile", "train.keep_memory", "train.checkpoint_minutes", "train.nonfinite_patience", "data.pin_memory"}
-    return free | ({"train.accumulate"} if config.model.backbone_norm == "frozen" and not config.data.buckets else set())
+    return free | ({"train.accumulate"} if phase == "poet" and config.model.method == "poet" and config.model.backbone_norm == "frozen" and not config.data.buckets else set())
 
 # %% ../nbs/31_engine.ipynb #a90ea4a9
 def restore(
@@ -642,7 +647,7 @@ def restore(
 )->RunState:
     "The state a checkpoint describes. Raises: CheckpointError with the differing fields if it is of another configuration."
     wrong = config_differences(config_from_dict(found["config"], "the checkpoint's configuration").to_dict(), config.to_dict()) # fields that came later have their default
-    wrong = [d for d in wrong if d.split(":")[0] not in _may_change(config)]
+    wrong = [d for d in wrong if d.split(":")[0] not in _may_change(config, found["phase"])]
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder")
     state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
     for group in found["optimizer"]["param_groups"]: group["fused"] = state.optimizer.defaults["fused"] # by the device of today

@@ -84,7 +84,7 @@ def read_sigmas(
     path:str|Path, # JSON: a list of K numbers, or {joint: number}
 )->list|dict:
     "OKS sigmas from a file. Raises: DataError."
-    try: sigmas = json.loads(Path(path).read_text())
+    try: sigmas = json.loads(Path(path).read_bytes())
     except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror}); field data.sigmas names a file of OKS sigmas") from None
     except (ValueError, RecursionError) as e: raise DataError(f"{path}: not valid JSON ({e}); write {{\"joint\": sigma, ...}} or a list") from None
     if not isinstance(sigmas, (list, dict)): raise DataError(f"{path}: must be a list of sigmas or an object {{\"joint\": sigma, ...}}")
@@ -145,7 +145,7 @@ def load_categories(
     path:str|Path, # skeleton.json, or a COCO file
 )->list[dict]: # one a label, with keypoints
     "The categories with keypoints of a file. Raises: DataError."
-    try: categories = [c for c in json.loads(Path(path).read_text())["categories"] if c.get("keypoints")]
+    try: categories = [c for c in json.loads(Path(path).read_bytes())["categories"] if c.get("keypoints")]
     except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise DataError(f"{path}: not a list of COCO categories ({e}); copy it from the run again, or remove it") from None
     if not categories: raise DataError(f"{path}: no category has keypoints")

@@ -97,7 +97,7 @@ class DensePretrainer(nn.Module):
         "Heatmap logits (B, K, H, W) and the heads' answers (B, S, ...) of all cells -> losses."
         device = logits.device
         joints, seen, index = (t.to(device) for t in joint_list(targets, batch_size, self.loss.visible))
-        people = max(num_people or len(joints), 1)
+        people = (len(joints) if num_people is None else num_people) or 1
         heat = F.binary_cross_entropy_with_logits(logits, draw_heatmaps(joints, seen, index, (len(logits), *logits.shape[-2:])), reduction="sum") / people
         owner, _ = cell_owners(joints, seen, index, grid)
         image, cell = (owner >= 0).nonzero(as_tuple=True)

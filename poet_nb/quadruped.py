@@ -357,7 +357,7 @@ def make_quadrupeds(
     config, path, images = config or quadruped_config(), Path(folder) / "annotations" / f"person_keypoints_{split}.json", Path(folder) / split
     record = dict(split=split, n=n, seed=seed, config=vars(config))
     if path.exists():
-        if json.loads(path.read_text()).get("info", {}).get("quadruped") == record: return path
+        if json.loads(path.read_bytes()).get("info", {}).get("quadruped") == record: return path
         raise DataError(f"{path} describes another dataset, not {n} animals of seed {seed} with these settings: remove it and {images}, or choose another folder")
     for made in (images, path.parent): made.mkdir(parents=True, exist_ok=True)
     people = []

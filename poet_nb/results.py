@@ -130,7 +130,7 @@ class ResultsWriter:
         self.folder, self.categories, self.num_images, self.num_people = Path(folder), categories, 0, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parts = {k: open(self.folder / f"predictions.{k}.part", "w", encoding="utf-8") for k in ("images", "annotations")}
-        self.table = open(self.folder / "predictions.csv.part", "w", encoding="utf-8", newline="") if table else None
+        self.table = open(self.folder / "predictions.csv.part", "w", encoding="utf-8", errors="backslashreplace", newline="") if table else None
         if table: csv.writer(self.table).writerow(columns(categories))
 
     def add(self, name:str, size:tuple, prediction:dict, **more):

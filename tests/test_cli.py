@@ -218,6 +218,32 @@ def test_resume_equals_an_uninterrupted_run(data, trained, poet, monkeypatch):
     for field in ("epoch", "train", "val", "coco", "lr"): assert [l[field] for l in logs[0]] == [l[field] for l in logs[1]]
 
 
+def test_a_run_that_began_from_weights_is_not_begun_without_them(data, trained, tmp_path, poet):
+    "Stopped before its first checkpoint, it has only its configuration and a note of the weights."
+    run, weights = tmp_path / "it's one", trained / "model.safetensors"
+    words = ("train", "--run", run, "--data", data, "--quiet", "--set", "train.epochs=1", *TINY)
+    assert poet(*words, "--init", weights)[0] == 0
+    for name in ("checkpoint.pt", "checkpoint.prev.pt", "metrics.jsonl", "model.safetensors", "predictions.json"): (run / name).unlink(missing_ok=True)
+    told = refused(poet("train", "--run", run, "--resume", "--quiet"), f"--init {shlex.quote(str(weights))} again")
+    assert json.loads((run / "environment.json").read_text())["init"]["path"] == str(weights), told
+    assert poet("train", "--run", run, "--resume", "--init", weights, "--quiet")[0] == 0
+
+
+def test_a_run_without_weights_does_not_send_its_user_in_a_circle(data, trained, tmp_path, poet):
+    run = tmp_path / "logs"
+    run.mkdir()
+    for name in ("config.json", "environment.json", "metrics.jsonl"): shutil.copy(trained / name, run)
+    for words in (("eval", "--run", run, "--data", data), ("train", "--run", run, "--resume"), ("train", "--run", tmp_path / "other", "--init", run, "--data", data)):
+        assert "--resume` goes on" not in refused(poet(*words), "its weights were not kept; train anew")
+
+
+def test_results_do_not_replace_what_is_there(data, trained, tmp_path, poet):
+    before = (trained / "predictions.json").read_bytes()
+    refused(poet("predict", data / "val2017", "--run", trained, "--out", trained), trained, "its predictions.json would be replaced")
+    refused(poet("eval", "--run", trained, "--data", data, "--out", tmp_path), tmp_path, "this is a folder; name a file")
+    assert (trained / "predictions.json").read_bytes() == before
+
+
 def test_committed_runs_cannot_be_overwritten_by_resume(data, trained, tmp_path, poet):
     run = tmp_path / "committed"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoint*"))
@@ -484,7 +510,7 @@ def atelier(tmp_path, trained, data, monkeypatch) -> Path:
 def test_figures_come_from_a_copy_of_the_notebooks(atelier, trained, data, poet):
     before = {p: p.read_bytes() for p in atelier.rglob("*") if p.is_file()}
     refused(poet("figures", "50"), atelier, "config.json")                                      # no run in this repository
-    refused(poet("figures", "50", "--run", trained, "--data", "nowhere"), "nowhere", "poet data synth --train 0")
+    refused(poet("figures", "50", "--run", trained, "--data", "nowhere"), "poet data synth --folder nowhere --train 0")
     code, out, _ = poet("figures", "50", "--run", trained, "--data", data, "--images", 7, "--out", "drawn")
     assert code == 0 and out.splitlines()[-1] == "drawn/fig.txt"
     assert Path("drawn/fig.txt").read_text() == f"poet_tiny {data.name} 7"

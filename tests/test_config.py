@@ -70,6 +70,8 @@ def test_a_number_may_begin_with_its_point(text, value):
 
 def test_a_point_in_a_name_stays_as_it_is():
     assert override(Config(), **{"data.root": "./v.5/.5x"}).data.root == "./v.5/.5x"
+    assert override(Config(), **{"data.root": json.dumps("/mnt/.2/coco.2017")}).data.root == "/mnt/.2/coco.2017", "as --data gives it"
+    assert override(Config(), **{"data.affine_scale": "[.5, 1]", "train.lr": ".5"}).data.affine_scale == (.5, 1.)
 
 
 @given(st.sampled_from(FIELDS), st.data())

@@ -394,6 +394,9 @@ def test_settings_of_the_machine_may_change_in_between(runs, tmp_path):
     assert restore(found, other, CPU).epoch == found["epoch"]
     live = dict(found, config=override(config, **{"model.backbone_norm": "batch"}).to_dict())
     with pytest.raises(CheckpointError, match="train.accumulate"): restore(live, override(other, **{"model.backbone_norm": "batch"}), CPU)
+    with pytest.raises(CheckpointError, match="train.accumulate"): restore(found | dict(phase="pretrain"), other, CPU)
+    baseline = {"model.method": "ae", "train.pretrain_epochs": 0}
+    with pytest.raises(CheckpointError, match="train.accumulate"): restore(found | dict(config=override(config, **baseline).to_dict()), override(other, **baseline), CPU)
 
 
 def test_a_folder_with_a_run_is_refused_unless_resumed(runs, tmp_path):

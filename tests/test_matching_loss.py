@@ -171,6 +171,17 @@ def test_pose_terms_of_a_batch_are_the_sums_of_its_images(sizes, Q, K, L, C, see
     for name in TERMS[1:]: torch.testing.assert_close(sum(p[name] for p in parts), whole[name])
 
 
+@pytest.mark.parametrize("sizes", [[1, 0, 0, 0], [0, 2, 1, 0, 0], [0, 0]])
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_parts_with_fewer_people_than_parts_have_the_mean_of_the_whole(sizes, number):
+    "Their mean number of people lies between 0 and 1."
+    outputs, targets = make_batch(sizes, 5, 4, 2, 1, 0)
+    criterion, per_part = SetCriterion(LossConfig.official(), 1), number(sum(sizes) / len(sizes))
+    whole = criterion(outputs, targets)
+    parts = [criterion(each_layer(lambda x: x[i:i + 1], outputs), targets[i:i + 1], num_people=per_part, num_images=1.) for i in range(len(sizes))]
+    for name in TERMS: torch.testing.assert_close(sum(p[name] for p in parts) / len(parts), whole[name])
+
+
 @settings(max_examples=20)
 @given(**shapes, loss=st.sampled_from(SETTINGS))
 def test_total_is_the_weighted_sum_of_what_is_reported(sizes, Q, K, L, C, seed, loss):
