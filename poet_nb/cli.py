@@ -77,7 +77,7 @@ def memory_remedy(
     at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
     steps = [f"--set train.accumulate={more} (the same batch in more parts)"] if more else []
-    if not training and at_once > 1: steps.append(f"--set train.accumulate=1 train.batch_size={at_once // 2} (fewer images at once)")
+    if not training and at_once > 1: steps.append(f"--set {'train.accumulate=1 ' * (t.accumulate > 1)}train.batch_size={at_once // 2} (fewer images at once)")
     if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
     return f"there are {at_once} images of up to {d.max_size} pixels at once; what helps: " + ", ".join(steps)
