@@ -76,7 +76,7 @@ def memory_remedy(
     t, d = config.train, config.data
     at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
-    steps = [f"--set train.accumulate={more} (the same batch in more parts)"] if more else []
+    steps = [f"--set train.accumulate={more} (the same batch in more parts{'; with data.buckets only in a new run' * config.data.buckets})"] if more else []
     if not training and at_once > 1: steps.append(f"--set {'train.accumulate=1 ' * (t.accumulate > 1)}train.batch_size={at_once // 2} (fewer images at once)")
     if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
@@ -355,6 +355,7 @@ def train_config(
     if args.config: config = load_config(args.config)
     elif args.preset: config = preset(args.preset)
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
+    elif args.init and is_url(args.init): config = preset("poet_tiny")
     elif args.init and Path(args.init).is_dir(): config = load_config(args.init)
     elif args.init and Path(args.init).is_file() and Path(args.init).with_name("config.json").is_file(): config = load_config(Path(args.init).parent)
     elif args.init and not Path(args.init).exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
@@ -392,7 +393,7 @@ def weights_of(
     stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # file of weights
     "The file that holds some weights. Raises: CheckpointError."
-    if not Path(source).exists() and (re.match(r"official$|https?://", str(source)) or is_hub_id(source)): return find_weights(str(source), stride)
+    if is_url(str(source)) or not Path(source).exists() and (str(source) == "official" or is_hub_id(source)): return find_weights(str(source), stride)
     source = Path(source)
     file = source / "model.safetensors" if source.is_dir() else source
     if file.is_file(): return file
@@ -613,8 +614,9 @@ def overlay_path(
     taken:set[str], # names given so far, in lower case; grows
 )->Path:
     "A name for the overlay of a file that no other overlay has."
-    name, n = f"{file.stem}_poses{ending}", 1
-    while name.lower() in taken: n += 1; name = f"{file.stem}_poses_{n}{ending}"
+    stem = os.fsencode(file.stem)[:200].decode(errors="ignore")                      # a name has at most 255 bytes
+    name, n = f"{stem}_poses{ending}", 1
+    while name.lower() in taken: n += 1; name = f"{stem}_poses_{n}{ending}"
     taken.add(name.lower())
     return folder / name
 
@@ -663,7 +665,7 @@ def predict_images(
         bar.update()
         job.skip(DataError(str(error).replace(path, names[path])))
     for path, file, size, found in stream_predictions(job.model, paths(), job.options, on_bad=on_bad):
-        if out := job.overlay(file, ".jpg"):
+        if out := job.overlay(file, ".jpg" if max(size) <= 65500 else ".png"):       # JPEG has no longer sides
             Image.fromarray(overlay_poses(load_image(file), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
         job.results.add(names[path], size, found)
         bar.update()
@@ -748,7 +750,7 @@ def run_predict(
     try:
         with results, explain_memory("give a smaller --batch"): job.run(sources)
     finally:
-        if results.num_images: print(job.summary())
+        if results.done: print(job.summary())
     if not results.num_images and job.bad: raise DataError(f"not one of {len(job.bad)} sources can be read; the first: {job.bad[0]}")
     return 0
 
@@ -799,7 +801,7 @@ def figure_job(
     shutil.copytree(checkout / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(checkout / "settings.ini", copy)
     os.symlink(checkout / "data", copy / "data")
-    words = [sys.executable, checkout / "tools" / "execute.py", "--root", copy, "--no-write", "--jobs", args.jobs, *(args.notebooks or ["[56]*_*"])]
+    words = [sys.executable, checkout / "tools" / "execute.py", "--root", copy, "--no-write", "--timeout", 6 * 3600, "--jobs", args.jobs, *(args.notebooks or ["[56]*_*"])]
     paths = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     images = dict(POET_IMAGES=str(args.images)) if args.images else {}
     return [str(w) for w in words], os.environ | dict(POET_RUN=str(run.resolve()), POET_DATA=str(root.resolve()), PYTHONPATH=paths) | images

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 import numpy as np, scipy, torch, torchvision
 from torch import Tensor, nn
@@ -130,9 +130,10 @@ class EpochBatches:
     def __len__(self): return self.length // self.batch_size - self.start
     def __iter__(self):
         epoch, order = self.epoch, torch.randperm(self.length, generator=image_generator(self.seed, self.epoch, 0)).tolist()
-        if self.arrange: order = self.arrange(order, self.batch_size, epoch) # a `BucketOrder`
-        for i in range(self.start, self.length // self.batch_size):
-            yield [(j, epoch) for j in share_of(order[i*self.batch_size:(i + 1)*self.batch_size])]
+        order = iter(self.arrange(order, self.batch_size, epoch) if self.arrange else order) # a `BucketOrder` gives one image after the other
+        for i in range(self.length // self.batch_size):
+            batch = list(islice(order, self.batch_size))
+            if i >= self.start: yield [(j, epoch) for j in share_of(batch)]
 
 # %% ../nbs/31_engine.ipynb #15939daa
 @contextmanager
@@ -145,7 +146,7 @@ def loader_faults()->Iterator[None]:
         found = isinstance(error, RuntimeError) and re.search(r"DataLoader (worker \(pid|timed out)", str(error))
         if not found: raise
         what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer; on a GPU it may also be too many open files (`ulimit -n 65536`)") if found[1] == "timed out" else
-                        ("has died", "most often for lack of memory: fewer loader processes or smaller images help"))
+                        ("has died", "most often for lack of memory: fewer loader processes or smaller images help, in a container more shared memory (docker run --shm-size=16g)"))
         raise WorkerError(f"a loader process {what} ({str(error).splitlines()[0]:.120}): {remedy}, --set data.workers=0 does without; "
                           "a run goes on with --resume") from error
 
@@ -225,7 +226,7 @@ class ArrangeEpoch:
         self.orders = {id(t): BucketOrder(t, images.sizes[data.rows], images.ids[data.rows], config.train.seed, config.data.pad_multiple) for t in (augment.small, augment.large)}
     def of(self, epoch:int)->BucketOrder: return self.orders[id(self.augment(epoch))]
     def bucket_of(self, index:int, epoch:int)->tuple[int, int]: return self.of(epoch).bucket_of(index, epoch)
-    def __call__(self, order:list[int], batch_size:int, epoch:int)->list[int]: return self.of(epoch)(order, batch_size, epoch)
+    def __call__(self, order:list[int], batch_size:int, epoch:int)->Iterator[int]: return self.of(epoch).stream(order, batch_size, epoch)
 
 # %% ../nbs/31_engine.ipynb #92f8ce4c
 def train_loader(

@@ -682,8 +682,11 @@ class Watch:
     "A run in progress: its log, and what it predicted for some images after each epoch that was seen."
     def __init__(self, run:str|Path, lab:Lab, number:int=4):
         self.run, self.lab, self.metrics, self.history, self.stamp = Path(run), lab, None, {}, None
-        people = [len(lab.data.load(i)[1]["labels"]) if lab.data is not None else 1 for i in range(min(len(lab), 60))]
-        chosen = sorted(range(len(people)), key=lambda i: not people[i])[:number]
+        people = {}
+        for i in range(min(len(lab), 60)):
+            try: people[i] = len(lab.data.load(i)[1]["labels"]) if lab.data is not None else 1
+            except DataError: continue                                               # an image that can't be read is not chosen
+        chosen = sorted(people, key=lambda i: not people[i])[:number]
         self.images = [lab.raw(i) for i in sorted(chosen)]
 
     def poll(self)->bool: # whether there is something new
@@ -871,8 +874,10 @@ def choose(self)->None:
 # %% ../nbs/44_explore.ipynb #30c88a55
 def take(self, files)->None:
     "Go to an uploaded image."
+    if not files: return
     with self.trying():
         for file in files: self.start(self.lab.upload(file["name"], bytes(file["content"])))
+    self.upload.value = ()                                                           # so that the same file can come again
 
 Explorer.trying, Explorer.holding, Explorer.refresh, Explorer.start, Explorer.choose, Explorer.take = trying, holding, refresh, start, choose, take
 
@@ -988,6 +993,10 @@ class MatchingExplorer(Explorer):
     def draw(self):
         pair = tuple(q.value for q in self.pair)
         if pair[0] == pair[1]: raise PoetError("pose 1 and pose 2 are the same query: choose two")
+        if not len(self.scene.poses):
+            board, (picture, _) = Board(WIDTH), view(self.scene)
+            board.put(picture, 0, TOP)
+            return board, "nobody is annotated in this image, so there is nobody to match; choose another image"
         return matching_board(self.scene, self.LOSSES[self.loss.value](), pair, self.shifts()), f"matching cost of the {self.loss.value} loss, last decoder layer."
 
 # %% ../nbs/44_explore.ipynb #a1b2dd5b

@@ -271,5 +271,5 @@ def check_export(
         sizes = torch.tensor([[H, W]]) - torch.arange(B)[:, None] * torch.tensor([[H // (2 * B), W // (3 * B)]])
         with torch.no_grad(): pairs = list(zip(exported.run(images, sizes), deployed(images, sizes)))
         rows.append(((B, H, W), *[(a - b).abs().max().item() if a.shape == b.shape else float("inf") for a, b in pairs]))
-        if not max(rows[-1][1:]) <= TOLERANCE: raise PoetError(f"{exported.path}: scores, labels, keypoints of {rows[-1][0]} differ from the model's by {rows[-1][1:]}, more than {TOLERANCE}")
+        if not all(d <= TOLERANCE for d in rows[-1][1:]): raise PoetError(f"{exported.path}: scores, labels, keypoints of {rows[-1][0]} differ from the model's by {rows[-1][1:]}, more than {TOLERANCE}")
     return rows

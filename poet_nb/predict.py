@@ -43,7 +43,7 @@ def url_name(
     kind:str, # content type that the server tells, such as "image/jpeg"
 )->str: # a plain file name
     "The last part of an address, made harmless, with an ending by which one knows the file's kind."
-    name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rsplit("/", 1)[-1]).strip(".")[-100:] or "download"
+    name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rsplit("/", 1)[-1]).strip(".")[-60:] or "download"
     known = (mimetypes.guess_type(name)[0] or "").split("/")[0] in ("image", "video")
     return name if known or kind.split("/")[0] not in ("image", "video") else name + (mimetypes.guess_extension(kind) or "")
 
@@ -112,7 +112,7 @@ def iter_images(
 )->Iterator[tuple[str, object]]: # (name, what `load_image` reads)
     "One after another, the images of anything; PoetError if it is of an unknown kind."
     is_path = isinstance(images, (str, os.PathLike))
-    if is_path and Path(images).is_dir(): yield from ((str(file), file) for file in list_images(images))
+    if is_path and not is_url(images) and Path(images).is_dir(): yield from ((str(file), file) for file in list_images(images))
     elif _is_image(images): yield str(images) if is_path else name or "image 0", images
     elif _is_collection(images):
         for i, image in enumerate(images): yield from iter_images(image, f"{name or 'image'} {i}")

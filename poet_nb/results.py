@@ -127,7 +127,7 @@ def rounded(
 class ResultsWriter:
     "Writes predictions.json, and predictions.csv if wanted, image by image; to be used in a `with` statement."
     def __init__(self, folder:str|os.PathLike, categories:list[dict], table:bool=False):
-        self.folder, self.categories, self.num_images, self.num_people = Path(folder), categories, 0, 0
+        self.folder, self.categories, self.num_images, self.num_people, self.done = Path(folder), categories, 0, 0, False # done: the files are there
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parts = {k: open(self.folder / f"predictions.{k}.part", "w", encoding="utf-8") for k in ("images", "annotations")}
         self.table = open(self.folder / "predictions.csv.part", "w", encoding="utf-8", errors="backslashreplace", newline="") if table else None
@@ -149,6 +149,7 @@ class ResultsWriter:
         if self.num_images:
             join_parts(self.folder / "predictions.json", names, self.categories)
             if self.table: os.replace(self.table.name, self.folder / "predictions.csv")
+            self.done = True
         for path in [*names.values(), *([Path(self.table.name)] if self.table else [])]: path.unlink(missing_ok=True)
 
     def __enter__(self): return self

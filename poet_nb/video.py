@@ -42,10 +42,13 @@ def open_video(
     av, path = pyav(), Path(path)
     if not path.is_file(): raise DataError(f"{path}: there is no such video; is the path right?")
     if path.stat().st_size == 0: raise DataError(f"{path}: the file is empty; copy or download it again")
-    try: container = av.open(str(path))
+    try: container = av.open(str(path.absolute()))
     except av.error.FFmpegError as error:
         raise DataError(f"{path}: neither an image nor a video that can be read ({error.strerror}); was it copied completely? Restore the file, or convert it to MP4") from None
     with container:
+        if container.format.name == "tty": raise DataError(f"{path}: neither an image nor a video, but text")
+        if any(s.disposition & av.stream.Disposition.dependent for s in container.streams.video):
+            raise DataError(f"{path}: a photograph in tiles (HEIC), which can't be put together here; convert it to JPEG")
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams: raise DataError(f"{path}: there are no moving pictures in this file; give a video")
         if streams[0].codec_context is None:
@@ -150,7 +153,7 @@ def read_video(
 class AudioCopy:
     "Copies the audio of a video into another one that is being written."
     def __init__(self, source:Path, output):
-        self.input, self.streams, self.packet = pyav().open(str(source)), {}, None
+        self.input, self.streams, self.packet = pyav().open(str(Path(source).absolute())), {}, None
         self.begin = Fraction(self.input.start_time or 0, 1_000_000)
         for stream in self.input.streams.audio:
             try: self.streams[stream.index] = output.add_stream_from_template(stream)
@@ -206,10 +209,16 @@ class VideoWriter:
 
     def _begin(self, image):
         "Open the file, now that the size is known."
-        self.file = pyav().open(str(self.path), "w", format="mp4")
-        self.stream = add_h264(self.file, image.shape[:2], self.facts)
-        self.audio = AudioCopy(self.facts.source, self.file) if self.facts.source else None
-        self.file.start_encoding()
+        file = pyav().open(str(self.path.absolute()), "w", format="mp4")                    # absolute: a colon in a name is no protocol
+        try:
+            self.stream = add_h264(file, image.shape[:2], self.facts)
+            self.audio = AudioCopy(self.facts.source, file) if self.facts.source else None
+            file.start_encoding()
+        except BaseException as error:
+            file.close()
+            if isinstance(error, pyav().error.FFmpegError) and not isinstance(error, OSError): raise PoetError(f"{self.path}: the video can't be written ({error.strerror}); go without overlays") from None
+            raise
+        self.file = file
 
     def write(self, image:np.ndarray, pts:int):
         "One frame more, (H, W, 3) uint8 RGB, shown at `pts` ticks; of another size than the first it is resized."
@@ -217,7 +226,8 @@ class VideoWriter:
         if self.file is None: self._begin(image)
         size = (self.stream.width, self.stream.height)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image if image.shape[1::-1] == size else cv2.resize(image, size)), format="rgb24")
-        self.last = frame.pts = max(pts, self.last + 1)
+        step = max(1, math.ceil(self.stream.codec_context.time_base / self.facts.time_base)) # ticks that the encoder can tell apart
+        self.last = frame.pts = max(pts, self.last + step if self.last >= 0 else 0)
         frame.time_base = self.facts.time_base
         if self.audio: self.audio.until(float(self.last * self.facts.time_base))
         self.file.mux(self.stream.encode(frame))

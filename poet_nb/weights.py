@@ -256,6 +256,7 @@ def save_pretrained(
     save_config(model.config, folder/"config.json")
     save_weights(model, folder/"model.safetensors")
     if getattr(model, "categories", None): save_categories(model.categories, folder/"skeleton.json")
+    else: (folder/"skeleton.json").unlink(missing_ok=True)                          # of another model
     return folder
 
 # %% ../nbs/14_weights.ipynb #b857e105
@@ -310,10 +311,10 @@ def find_weights(
     stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # a file on this machine
     "The file that some weights are in, downloaded if need be. Raises: CheckpointError that says what to fetch and where to put it."
+    if re.match(r"https?://", str(source)): return download_weights(source)        # first: an address may be too long for a path
     if Path(source).is_dir(): return Path(source)/"model.safetensors"
     if Path(source).is_file(): return Path(source)
     if source == "official": return official_file(stride)
-    if re.match(r"https?://", str(source)): return download_weights(source)
     if is_hub_id(source): return hub_folder(source)/"model.safetensors"
     raise CheckpointError(f"{source}: no such file or folder; weights are a file, a folder with model.safetensors, \"official\", a http(s) address or owner/name on the hub")
 

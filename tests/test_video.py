@@ -288,3 +288,37 @@ def test_webcam_colours(monkeypatch):
     blue = np.zeros((4, 4, 3), np.uint8); blue[..., 0] = 255
     monkeypatch.setattr(video.cv2, "VideoCapture", type("Blue", (Camera,), dict(read=lambda self: (True, blue))))
     assert next(read_webcam(0)).image[0, 0].tolist() == [0, 0, 255]
+
+
+def test_frames_a_tick_of_the_file_apart_come_back(tmp_path):
+    "1/90000 is finer than the encoder's time base: two neighbours must not become one."
+    with VideoWriter(tmp_path / "a.mp4", VideoFacts(Fraction(1, 90000), Fraction(25))) as writer:
+        for pts in range(10): writer.write(numbered(pts), pts)
+    assert [number_of(f.image) for f in read_video(tmp_path / "a.mp4")] == list(range(10))
+
+
+def test_what_goes_wrong_at_the_beginning_of_a_file_is_told(tmp_path, monkeypatch):
+    def refuse(*_): raise PoetError("no encoder")
+    monkeypatch.setattr(video, "add_h264", refuse)
+    with pytest.raises(PoetError, match="no encoder"):
+        with VideoWriter(tmp_path / "a.mp4", VideoFacts(MS, Fraction(25))) as writer: writer.write(numbered(0), 0)
+
+
+def test_text_and_photographs_in_tiles_are_no_videos(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("words\n" * 200)
+    with pytest.raises(DataError, match="notes.txt: neither an image nor a video"): next(read_video(tmp_path / "notes.txt"))
+    file = make(tmp_path / "a.mp4", [0, 40])
+    kind, opened = av.stream.Disposition, av.open
+    class Tiled:                                                                   # as FFmpeg shows an iPhone's HEIC
+        def __init__(self, inner): self.inner, self.format = inner, inner.format
+        streams = SimpleNamespace(video=[SimpleNamespace(disposition=kind.dependent)])
+        def __enter__(self): return self
+        def __exit__(self, *_): self.inner.close()
+    monkeypatch.setattr(av, "open", lambda *a, **k: Tiled(opened(*a, **k)))
+    with pytest.raises(DataError, match="tiles"): next(read_video(file))
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    make(tmp_path / "b.mp4", [0, 40]).rename(tmp_path / "12:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert [number for number, _ in shown("12:30.mp4")] == [0, 1]

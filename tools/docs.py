@@ -72,6 +72,9 @@ def main() -> int:
     args = options.parse_args()
     settings = notebooks.settings(args.root)
     target = args.site or args.root / settings["doc_path"]
+    if target.is_dir() and any(p.name[0] != "." for p in target.iterdir()) and not (target / "search" / "search_index.json").is_file():
+        print(f"{target}: holds other things than a site, and they would be removed; name an empty folder", file=sys.stderr)
+        return 2
     build(args.root.resolve(), target.resolve())
     wrong = links.problems(target, address(settings))
     for line in wrong: print(line, file=sys.stderr)

@@ -74,7 +74,7 @@ def story(path: Path, client: Client, error: Exception) -> str:
 
 async def run_one(path: Path, args: argparse.Namespace, bar: tqdm, env: dict[str, str], flags: set[str], stop) -> str | None:
     "Execute one notebook; the story of its failure, or None."
-    nb = notebooks.read(path)
+    before, nb = path.read_bytes(), notebooks.read(path)
     skipped = {i for i, c in enumerate(nb.cells) if c.cell_type == "code" and notebooks.is_skipped(c.source, flags)}
     client = Client(nb, skipped, bar, timeout=args.timeout, extra_arguments=["--log-level=50"], resources={"metadata": {"path": str(path.parent)}})
     client.on_notebook_start = lambda **_: own_interrupts(stop)
@@ -84,6 +84,7 @@ async def run_one(path: Path, args: argparse.Namespace, bar: tqdm, env: dict[str
     except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error: return story(path, client, error)
     finally: own_interrupts(stop)
     ran = sum(c.cell_type == "code" for c in nb.cells) - len(skipped)
+    if not args.no_write and path.read_bytes() != before: return f"{path.name}: was changed while it ran, so nothing is written; execute it again"
     changed = "" if args.no_write else ", written" if notebooks.write(nb, path) else ", as before"
     bar.write(f"{path.stem:32} {ran:3} cells {time.monotonic() - start:7.1f} s{changed}")
     return None
@@ -128,6 +129,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at once (default: 1)")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds that one cell may take (default: 1800)")
     args = parser.parse_args()
+    if args.jobs < 1: parser.error("--jobs must be at least 1")
     try: stories = asyncio.run(run_all(notebooks.select(args.notebooks, args.root), args))
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nStopped; notebooks that had not finished are as they were.", file=sys.stderr)
