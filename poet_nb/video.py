@@ -201,6 +201,19 @@ def add_h264(
     if name != "libx264": stream.codec_context.bit_rate = round(2 * size[0] * size[1] * float(facts.rate) / 10)
     return stream
 
+# %% ../nbs/32a_video.ipynb #c553377d
+def _begun(path, size, facts):
+    "PyAV's container, open for writing, its video stream, and the sound that is copied into it or None."
+    file = pyav().open(str(path.absolute()), "w", format="mp4")                             # absolute: a colon in a name is no protocol
+    try:
+        stream, audio = add_h264(file, size, facts), AudioCopy(facts.source, file) if facts.source else None
+        file.start_encoding()
+        return file, stream, audio
+    except BaseException as error:
+        file.close()
+        if isinstance(error, pyav().error.FFmpegError) and not isinstance(error, OSError): raise PoetError(f"{path}: the video can't be written ({error.strerror}); go without overlays") from None
+        raise
+
 # %% ../nbs/32a_video.ipynb #e799b06e
 class VideoWriter:
     "Writes frames into an MP4 file; to be used in a `with` statement."
@@ -209,16 +222,7 @@ class VideoWriter:
 
     def _begin(self, image):
         "Open the file, now that the size is known."
-        file = pyav().open(str(self.path.absolute()), "w", format="mp4")                    # absolute: a colon in a name is no protocol
-        try:
-            self.stream = add_h264(file, image.shape[:2], self.facts)
-            self.audio = AudioCopy(self.facts.source, file) if self.facts.source else None
-            file.start_encoding()
-        except BaseException as error:
-            file.close()
-            if isinstance(error, pyav().error.FFmpegError) and not isinstance(error, OSError): raise PoetError(f"{self.path}: the video can't be written ({error.strerror}); go without overlays") from None
-            raise
-        self.file = file
+        self.file, self.stream, self.audio = _begun(self.path, image.shape[:2], self.facts)
 
     def write(self, image:np.ndarray, pts:int):
         "One frame more, (H, W, 3) uint8 RGB, shown at `pts` ticks; of another size than the first it is resized."

@@ -28,3 +28,12 @@ def test_runs_that_differ_in_the_seed_alone_end_near_each_other():
     twins = [runs for runs in alike.values() if len(runs) > 1]
     assert any({name for name, _ in runs} == {"tiny_128", "tiny_128_seed1"} for runs in twins) and len(twins) >= 8
     for runs in twins: assert max(ap for _, ap in runs) - min(ap for _, ap in runs) < SPREAD, runs
+
+
+def test_one_run_of_about_two_hours_reaches_the_goal_of_the_small_run():
+    folder = ROOT / "data/runs/growing"
+    log, before = read_metrics(folder), read_metrics(folder / "pretrain.jsonl")
+    config = load_config(folder)
+    assert config.data.root == "data/synth" and log["coco/images"].iloc[-1] == 500 and json.loads((folder / "environment.json").read_text())["device"] == "cpu"
+    assert log["epoch"].tolist() == list(range(1, len(log) + 1)) and log["coco/AP"].iloc[-1] >= .35, "no part of it is missing"
+    assert (log["seconds"].sum() + before["seconds"].sum()) / 3600 < 2.5, "ten minutes of which it stood still"
