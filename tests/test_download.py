@@ -83,7 +83,7 @@ def test_a_file_comes_whole_and_only_once(server, tmp_path):
 def test_two_that_want_the_same_file_come_one_after_the_other(server, tmp_path):
     "As the processes of one run, or two runs started together, do with a file of weights."
     server.cut = {0: 100_000, 1: 50_000}
-    with ThreadPoolExecutor(3) as pool: got = list(pool.map(lambda _: get(server, tmp_path), range(3)))
+    with ThreadPoolExecutor(3) as pool: got = list(pool.map(lambda _: fetch(f"{server.url}/file", tmp_path / "file", patient(server)).read_bytes(), range(3)))
     assert got == [BYTES] * 3 and len(server.log) == 3, "one of them downloaded, in three pieces"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
