@@ -93,7 +93,7 @@ docs: install ## the notebooks as a site with search and reference -> _docs/
 
 hooks: install ## teach this clone's git to merge notebooks cell by cell
 	@git config --local merge.nbdev-merge.name "merge notebooks cell by cell"
-	@git config --local merge.nbdev-merge.driver "$(abspath $(SCRIPTS))/nbdev_merge %O %A %B %P"
+	@git config --local merge.nbdev-merge.driver "'$(SCRIPTS)/nbdev_merge' %O %A %B %P"
 
 clean: ## remove what is made: caches, builds, synthetic data; the environment, runs and downloads stay
 	@rm -rf build dist *.egg-info _docs .pytest_cache .hypothesis .ruff_cache data/synth

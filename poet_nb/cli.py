@@ -39,7 +39,7 @@ from .weights import find_weights, is_hub_id, layout, official_poet, read_option
 from .coco_eval import evaluate_keypoints, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit
+from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit, may_change
 from .results import ResultsWriter
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, is_url, layer_index as find_layer, load_image, stream_predictions
@@ -76,7 +76,7 @@ def memory_remedy(
     t, d = config.train, config.data
     at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
-    steps = [f"--set train.accumulate={more} (the same batch in more parts{'; with data.buckets only in a new run' * config.data.buckets})"] if more else []
+    steps = [f"--set train.accumulate={more} (the same batch in more parts{'; only in a new run' * ('train.accumulate' not in may_change(config))})"] if more else []
     if not training and at_once > 1: steps.append(f"--set {'train.accumulate=1 ' * (t.accumulate > 1)}train.batch_size={at_once // 2} (fewer images at once)")
     if autocast_dtype(t.amp, choose_device(t.device)) is None: steps.append("--set train.amp=bf16 (half the precision)")
     steps += [f"a smaller data.max_size (now {d.max_size} pixels) with smaller data.scales", "--set data.workers=0 if a loader process was ended"]
@@ -821,9 +821,9 @@ def run_figures(
     "`poet figures`: execute the notebooks, then move what they drew."
     checkout = find_checkout()
     out = args.out or checkout / "figures"
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as copy:
         words, env = figure_job(args, checkout, Path(copy))
+        out.mkdir(parents=True, exist_ok=True)                                    # now: what can't be written to is known before the work
         with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL if args.quiet else None) as job:
             try: code = job.wait()
             except KeyboardInterrupt: code = job.wait()                       # it has had the signal too, and ends its kernels

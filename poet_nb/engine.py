@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRETRAINING', 'LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Growing',
            'Augmented', 'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'end_loaders',
-           'allow_open_files', 'PadTo', 'ArrangeEpoch', 'train_loader', 'same_size_batches', 'eval_loader',
-           'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model',
-           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step',
-           'compact', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint',
-           'read_checkpoint', 'config_differences', 'restore', 'Stopped', 'stop_requests', 'settle', 'train_epoch',
+           'allow_open_files', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer',
+           'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model', 'to_device',
+           'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'compact',
+           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
+           'config_differences', 'may_change', 'restore', 'Stopped', 'stop_requests', 'settle', 'train_epoch',
            'append_line', 'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin',
            'read_log', 'fit', 'describe_line']
 
@@ -170,7 +170,7 @@ def _worker(worker_id):
 
 
 # %% ../nbs/31_engine.ipynb #e6d7a2ef
-_METHOD = "fork" if sys.platform == "linux" else None # None: the system's. Forked processes notice the end of the main one, and it theirs; from Python 3.14 on Linux would have others
+_METHOD = "fork" if sys.platform == "linux" else None # None: the system's
 
 class LoaderProcess(multiprocessing.get_context(_METHOD).Process):
     "A loader process; one that hangs is ended by SIGKILL."
@@ -217,17 +217,6 @@ def _loader(dataset, batches, config, device):
                       worker_init_fn=_worker, multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
 
-# %% ../nbs/31_engine.ipynb #15eb44c1
-class ArrangeEpoch:
-    "`BucketOrder` (30a) by the sizes that images have in the epoch at hand."
-    def __init__(self, augment:Growing, data, config:Config):
-        images = data.index.images
-        self.augment = augment
-        self.orders = {id(t): BucketOrder(t, images.sizes[data.rows], images.ids[data.rows], config.train.seed, config.data.pad_multiple) for t in (augment.small, augment.large)}
-    def of(self, epoch:int)->BucketOrder: return self.orders[id(self.augment(epoch))]
-    def bucket_of(self, index:int, epoch:int)->tuple[int, int]: return self.of(epoch).bucket_of(index, epoch)
-    def __call__(self, order:list[int], batch_size:int, epoch:int)->Iterator[int]: return self.of(epoch).stream(order, batch_size, epoch)
-
 # %% ../nbs/31_engine.ipynb #92f8ce4c
 def train_loader(
     config:Config,
@@ -236,8 +225,8 @@ def train_loader(
     "Shuffled, augmented batches of the training split, and the sampler that knows the epoch. Truncated images are skipped and counted."
     data = open_split(config.data, config.data.train, with_people_only=config.data.with_people_only, on_bad_image="skip")
     if not len(data): raise DataError(f"{data.annotations_file}: the split {config.data.train} has no images to train on")
-    augment = Growing(config.data, data.skeleton)
-    arrange = ArrangeEpoch(augment, data, config) if config.data.buckets else None
+    augment, images = Growing(config.data, data.skeleton), data.index.images
+    arrange = BucketOrder(augment, images.sizes[data.rows], images.ids[data.rows], config.train.seed, config.data.pad_multiple) if config.data.buckets else None
     batches = EpochBatches(len(data), config.train.batch_size // config.train.accumulate, config.train.seed, arrange)
     if batches.batch_size < world_size():
         raise ConfigError(f"field train.batch_size: {config.train.batch_size} images in {config.train.accumulate} parts do not give each of {world_size()} processes one; "
@@ -357,7 +346,7 @@ class RunState:
     sums:dict = field(default_factory=dict)   # running sums of the present epoch
     seconds:float = 0.              # training time of the present epoch
     bad_steps:int = 0               # non-finite steps in a row
-    outcome:object = None           # `Outcome` of a step that nobody has asked about yet
+    outcome:object = None           # a step of which it is not known yet whether it was finite (`Outcome`, below)
 
 # %% ../nbs/31_engine.ipynb #3ca66440
 def start_phase(
@@ -517,10 +506,11 @@ def compact(
     max_poses:int=100,   # the best so many are kept; COCO scores 20
 )->dict: # the same, on the CPU
     "What is kept of the predictions of an image: coordinates to a tenth of a pixel, no pose that the model itself all but rules out."
+    person = {k: v.cpu() for k, v in person.items()}
     keep = person["scores"].argsort(descending=True, stable=True)[:max_poses].sort().values
     keep = keep[person["scores"][keep] >= min_score]
-    rounded = lambda x, n: (x[keep].cpu().double() * 10**n).round() / 10**n
-    return dict(scores=rounded(person["scores"], 5), labels=person["labels"][keep].cpu(),
+    rounded = lambda x, n: (x[keep].double() * 10**n).round() / 10**n
+    return dict(scores=rounded(person["scores"], 5), labels=person["labels"][keep],
                 keypoints=torch.cat([rounded(person["keypoints"][..., :2], 1), rounded(person["keypoints"][..., 2:], 2)], -1))
 
 # %% ../nbs/31_engine.ipynb #d19811d5
@@ -548,7 +538,7 @@ def evaluate(
         with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
-        people = [compact({k: v.cpu() for k, v in p.items()}) for p in people]
+        people = [compact(p) for p in people]
         found.append(to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids))
     found, sums, images = zip(*gathered((found, sums, images)))                                        # by process; they took the batches in turn
     results = [person for turn in zip_longest(*found, fillvalue=()) for batch in turn for person in batch]
@@ -635,7 +625,10 @@ def config_differences(
     return out
 
 # %% ../nbs/31_engine.ipynb #aa57b7f3
-def _may_change(config, phase):
+def may_change(
+    config:Config,
+    phase:str="poet", # of the checkpoint
+)->set[str]:
     "Fields that a run may be gone on with differently: they change rounding, and which elements dropout draws, but no image and no divisor of a step."
     free = {"train.compile", "train.keep_memory", "train.checkpoint_minutes", "train.nonfinite_patience", "data.pin_memory"}
     return free | ({"train.accumulate"} if phase == "poet" and config.model.method == "poet" and config.model.backbone_norm == "frozen" and not config.data.buckets else set())
@@ -648,7 +641,7 @@ def restore(
 )->RunState:
     "The state a checkpoint describes. Raises: CheckpointError with the differing fields if it is of another configuration."
     wrong = config_differences(config_from_dict(found["config"], "the checkpoint's configuration").to_dict(), config.to_dict()) # fields that came later have their default
-    wrong = [d for d in wrong if d.split(":")[0] not in _may_change(config, found["phase"])]
+    wrong = [d for d in wrong if d.split(":")[0] not in may_change(config, found["phase"])]
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder")
     state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
     for group in found["optimizer"]["param_groups"]: group["fused"] = state.optimizer.defaults["fused"] # by the device of today

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['anywidget', 'traitlets', 'widgets', 'INK', 'GRAY', 'SIDE', 'GAP', 'TOP', 'WIDTH', 'DRAWN', 'COLORS', 'TERMS',
-           'COLUMNS', 'ROWS', 'needed', 'font', 'Board', 'locate', 'picture', 'jpeg', 'rgb', 'readable', 'frame',
-           'label', 'Scene', 'view', 'posed', 'hollow', 'affordable_heads', 'nobody', 'people_with_joints', 'Lab',
-           'raw', 'scene', 'show', 'upload', 'open_images', 'open_lab', 'map_picture', 'overlay_map', 'put_maps',
-           'attention_board', 'layer_people', 'oks_with_people', 'letter', 'offsets_picture', 'put_visibilities',
-           'put_bars', 'prediction_board', 'cost_terms', 'move_poses', 'assignment', 'put_table', 'matching_board',
-           'pair_columns', 'put_changes', 'Watch', 'curves', 'training_board', 'Picture', 'slider', 'choice',
-           'Explorer', 'trying', 'holding', 'refresh', 'start', 'choose', 'take', 'point', 'bundle',
+           'COLUMNS', 'ROWS', 'NOBODY_TO_MATCH', 'needed', 'font', 'Board', 'locate', 'picture', 'jpeg', 'rgb',
+           'readable', 'frame', 'label', 'Scene', 'view', 'posed', 'hollow', 'affordable_heads', 'nobody',
+           'people_with_joints', 'Lab', 'raw', 'scene', 'show', 'upload', 'open_images', 'open_lab', 'map_picture',
+           'overlay_map', 'put_maps', 'attention_board', 'layer_people', 'oks_with_people', 'letter', 'offsets_picture',
+           'put_visibilities', 'put_bars', 'prediction_board', 'cost_terms', 'move_poses', 'assignment', 'put_table',
+           'matching_board', 'pair_columns', 'put_changes', 'Watch', 'curves', 'training_board', 'Picture', 'slider',
+           'choice', 'Explorer', 'trying', 'holding', 'refresh', 'start', 'choose', 'take', 'point', 'bundle',
            'AttentionExplorer', 'PredictionExplorer', 'MatchingExplorer', 'drag', 'TrainingExplorer']
 
 # %% ../nbs/44_explore.ipynb #dada6b2a
@@ -620,6 +620,7 @@ def put_table(
 
 # %% ../nbs/44_explore.ipynb #6a54f3dd
 COLUMNS, ROWS = 8, 8 # of the tables, at most
+NOBODY_TO_MATCH = "nobody is annotated in this image, so there is nobody to match; choose another image"
 
 def matching_board(
     scene:Scene,
@@ -628,7 +629,7 @@ def matching_board(
     moves:dict[int, tuple[float, float]], # query -> dx, dy, fractions of the image
 )->Board: # picture "image"
     "Who is matched with whom, at what cost, and what changed by moving poses. Raises: PoetError without annotated people."
-    if not len(scene.poses): raise PoetError(f"{scene.name}: nobody is annotated in this image, so there is nobody to match; choose another image")
+    if not len(scene.poses): raise PoetError(f"{scene.name}: {NOBODY_TO_MATCH}")
     before = layer_people(scene)[0]
     outputs = move_poses(before, moves)
     terms, old = cost_terms(outputs, scene.people, loss), assignment(sum(cost_terms(before, scene.people, loss).values()))
@@ -996,7 +997,7 @@ class MatchingExplorer(Explorer):
         if not len(self.scene.poses):
             board, (picture, _) = Board(WIDTH), view(self.scene)
             board.put(picture, 0, TOP)
-            return board, "nobody is annotated in this image, so there is nobody to match; choose another image"
+            return board, NOBODY_TO_MATCH
         return matching_board(self.scene, self.LOSSES[self.loss.value](), pair, self.shifts()), f"matching cost of the {self.loss.value} loss, last decoder layer."
 
 # %% ../nbs/44_explore.ipynb #a1b2dd5b

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
 def test_every_image_once_and_batches_alike(buckets, batch_size):
-    order = bucket_order(range(len(buckets)), lambda i: (buckets[i], 0), batch_size)
+    order = list(bucket_order(range(len(buckets)), lambda i: (buckets[i], 0), batch_size))
     assert sorted(order) == list(range(len(buckets)))
     mixed = [len({buckets[i] for i in order[k:k + batch_size]}) > 1 for k in range(0, len(order), batch_size)]
     assert sum(mixed) <= 4 and True not in mixed[:sum(buckets.count(b) // batch_size for b in range(4))]
