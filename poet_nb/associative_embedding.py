@@ -302,9 +302,9 @@ class AEMethod:
 
     @staticmethod
     def judge(model:nn.Module, config:Config, layer:int=-1, skeleton:Skeleton|None=None):
-        "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
+        "A function of (samples, targets, num_people, num_images): their losses, and what is predicted for each image, in pixels of the original."
         task = AELoss(model, config)
-        return lambda samples, targets: (task(samples, targets), model.people(samples, torch.stack([t["orig_size"] for t in targets]), skeleton))
+        return lambda samples, targets, *counts: (task(samples, targets, *counts), model.people(samples, torch.stack([t["orig_size"] for t in targets]), skeleton))
 
     @staticmethod
     def people(model:nn.Module, layer:int=-1):

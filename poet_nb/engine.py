@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRETRAINING', 'LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment', 'Growing',
            'Augmented', 'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'end_loaders',
-           'allow_open_files', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer',
+           'allow_open_files', 'Targets', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer',
            'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'RunState', 'start_phase', 'new_model', 'to_device',
            'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'compact',
-           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
-           'config_differences', 'may_change', 'restore', 'Stopped', 'stop_requests', 'settle', 'train_epoch',
-           'append_line', 'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch', 'begin',
-           'read_log', 'fit', 'describe_line']
+           'people_an_image', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint',
+           'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped', 'stop_requests', 'settle',
+           'train_epoch', 'append_line', 'cut_log', 'check_folder', 'make_folder', 'finish_pretraining', 'end_epoch',
+           'begin', 'read_log', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -203,10 +203,24 @@ def allow_open_files(
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 # %% ../nbs/31_engine.ipynb #57f645a5
+class Targets:
+    "The target dicts of a batch, read like a list. Between processes they travel as one message, and are not pinned."
+    def __init__(self,
+        targets:list[dict], # one an image
+    ): self.targets = targets
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return self.targets[i]
+    def __iter__(self): return iter(self.targets)
+    def pin_memory(self): return self # the criterion packs them before it moves them
+    def __getstate__(self): return [{k: v.numpy() if type(v) is Tensor else v for k, v in t.items()} for t in self.targets]
+    def __setstate__(self, state): self.targets = [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in t.items()} for t in state]
+
 class PadTo:
     "A `collate` for a loader process (an object, so that it can be pickled)."
     def __init__(self, multiple_of): self.multiple_of = multiple_of
-    def __call__(self, batch): return collate(batch, self.multiple_of)
+    def __call__(self, batch):
+        samples, targets = collate(batch, self.multiple_of)
+        return samples, Targets(targets)
 
 # %% ../nbs/31_engine.ipynb #c7a0be19
 def _loader(dataset, batches, config, device):
@@ -308,12 +322,12 @@ class PoetMethod:
 
     @staticmethod
     def judge(model:nn.Module, config:Config, layer:int=-1, skeleton=None): # the data's skeleton, for a method whose model does not know its own
-        "A function of (samples, targets): their losses, and what is predicted for each image, in pixels of the original."
+        "A function of (samples, targets, num_people, num_images): their losses, and what is predicted for each image, in pixels of the original."
         criterion, post = SetCriterion(config.loss, config.model.num_classes), PostProcess()
-        def ask(samples, targets):
+        def ask(samples, targets, *counts):
             outputs = model(samples)
             sizes = torch.stack([t["orig_size"] for t in targets]).to(outputs["pred_logits"].device)
-            return criterion(outputs, targets), post((outputs["aux_outputs"] + [outputs])[layer], sizes)
+            return criterion(outputs, targets, *counts), post((outputs["aux_outputs"] + [outputs])[layer], sizes)
         return ask
 
     @staticmethod
@@ -513,6 +527,17 @@ def compact(
     return dict(scores=rounded(person["scores"], 5), labels=person["labels"][keep],
                 keypoints=torch.cat([rounded(person["keypoints"][..., :2], 1), rounded(person["keypoints"][..., 2:], 2)], -1))
 
+# %% ../nbs/31_engine.ipynb #eb952a13
+def people_an_image(
+    data:Dataset,  # what `open_split` gives
+    config:Config, # data.unposed
+)->float:
+    "People in the targets of a split, divided by its images."
+    people = data.index.people
+    counted = people.visibility.any(1) if config.data.unposed == "nobody" else np.ones(len(people.ids), dtype=bool)
+    before = np.concatenate([[0], np.cumsum(counted)])[people.start]                              # counted people before those of each image
+    return float(np.diff(before)[data.rows].sum() / max(len(data.rows), 1))
+
 # %% ../nbs/31_engine.ipynb #d19811d5
 @loader_faults()
 @torch.compiler.set_stance("force_eager") # each of its sizes would be compiled
@@ -531,11 +556,12 @@ def evaluate(
     loader = loader or eval_loader(config, device)
     truth = truth or load_ground_truth(loader.dataset)
     judge, found, sums, images = method_of(config).judge(model, config, layer, loader.dataset.skeleton), [], {}, 0
+    share = people_an_image(loader.dataset, config)
     model.eval()
     shared = min(gathered(len(loader)))                                                                # batches that every process has
     for number, (samples, targets) in enumerate(tqdm(loader, desc="evaluate", disable=not progress, leave=False)):
         if asked is not None and number < shared and any_of(asked.is_set()): raise Stopped
-        with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets)
+        with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets, share * len(targets), len(targets))
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
         people = [compact(p) for p in people]
