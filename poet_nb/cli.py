@@ -577,9 +577,9 @@ def run_eval(
 )->int: # exit code
     "`poet eval`: print how many images were scored, and the ten numbers."
     if bool(args.results) != bool(args.annotations): raise ConfigError("--results and --annotations: give both, or a run with --run")
-    if args.results and (args.run or args.weights): raise ConfigError(f"{'--run' if args.run else '--weights'} and --results: give one of the two")
+    of_a_run = [name for name in "run weights data split layer set device name".split() if getattr(args, name)]
+    if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0]} and --results: give one of the two; a file of results is scored as it is")
     if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
-        if args.results: raise ConfigError(f"--split {args.split} and --results: give one of the two")
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
         print(f"{poses:,} poses in {images:,} images: {path}\nno scores: COCO's server computes them (cocodataset.org, Upload)")
         return 0

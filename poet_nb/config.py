@@ -103,8 +103,8 @@ class DataConfig:
     crop_prob:float = 0.5                               # resize, crop, resize instead of resize
     crop_resize:tuple[int, ...] = (400, 500, 600)       # shortest side before the crop, one is drawn, pixels
     crop_size:tuple[int, int] = (384, 600)              # smallest and largest side of the crop, pixels
-    affine_scale:tuple[float, float] = (1., 1.)         # last of all, zoom about the centre, drawn from this range
-    affine_shift:float = 0.0                            # and shift by U(-s, s) each way, pixels
+    affine_scale:tuple[float, float] = (1., 1.)         # last of all, a frame of this many times the picture's sides becomes the picture
+    affine_shift:float = 0.0                            # shifted by U(-s, s) of its sides, each way
     small_epochs:int = 0                                # so many first epochs, and the pre-training, see smaller images
     small_share:float = 0.5                             # how small: the sizes above (evaluation's not) times this
     pad_multiple:int = 1                                # batches are padded to a multiple of this, pixels
@@ -169,7 +169,7 @@ _POSITIVE = ("model.hidden_dim model.nheads model.dec_layers model.dim_feedforwa
              "model.num_keypoints model.query_groups data.scales data.max_size data.eval_scale data.crop_resize data.crop_size data.pad_multiple "
              "data.affine_scale data.small_share ae.sigma ae.max_people ae.nms "
              "train.epochs train.batch_size train.accumulate train.lr train.eval_every train.pretrain_lr train.nonfinite_patience").split()
-_SHARES = ("model.dropout model.attention_dropout data.flip_prob data.rotation_prob data.dropout_prob data.crop_prob "
+_SHARES = ("model.dropout model.attention_dropout data.flip_prob data.rotation_prob data.dropout_prob data.crop_prob data.affine_shift "
            "data.small_share train.ema_decay train.lr_end").split()
 
 def _cast(value, kind, where):
@@ -345,7 +345,7 @@ def _ae():
     "Associative embedding as Table 1 and 2 of the paper have it, at stride 4."
     return Config(name="ae_r50", model=ModelConfig(method="ae", stride=4, backbone_norm="batch", frozen_stages=0),
                   data=DataConfig(scales=(512,), max_size=512, eval_scale=512, rotation_prob=1., rotation_degrees=30., dropout_prob=0., crop_prob=0.,
-                                  affine_scale=(.75, 1.5), affine_shift=40., pad_multiple=512),
+                                  affine_scale=(.75, 1.5), affine_shift=.2, pad_multiple=512),
                   train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
 
 def preset(

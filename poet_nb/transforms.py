@@ -320,21 +320,23 @@ class RandomRotation(Step):
 
 # %% ../nbs/05_transforms.ipynb #b82d5a1d
 class CoarseDropout(Step):
-    "Blacken random cells of a coarse grid, in each channel by itself."
+    "Blacken random cells of a coarse grid, in each channel by itself or in all three."
     def __init__(self,
         prob:float=0.5, # chance to drop anything
         share:tuple[float, float]=(0.05, 0.2), # range of the share of cells dropped
         grid:tuple[float, float]=(0.015, 0.03), # range of cells along a side, as a share of the side's pixels
-        min_cells:int=8, # at least so many cells along a side
+        min_cells:int=4, # at least so many cells along a side
+        by_channel:float=.5, # chance that each channel loses cells of its own
     ):
-        self.prob, self.share, self.grid, self.min_cells = prob, share, grid, min_cells
+        self.prob, self.share, self.grid, self.min_cells, self.by_channel = prob, share, grid, min_cells, by_channel
 
     def plan(self, plan, generator=None):
-        "Draws: drop or not; share; fineness; then one for each cell and channel."
+        "Draws: drop or not; share; fineness; channels apart or not; then one for each cell, and for each channel if they are apart."
         if uniform(0, 1, generator) >= self.prob: return plan
         share, grid = uniform(*self.share, generator), uniform(*self.grid, generator)
         shape = tuple(max(self.min_cells, round(side * grid)) for side in plan.size)
-        cells = (torch.rand(*shape, 3, generator=generator) >= share).to(torch.uint8).mul_(255).numpy()
+        channels = 3 if uniform(0, 1, generator) < self.by_channel else 1
+        cells = (torch.rand(*shape, channels, generator=generator) >= share).to(torch.uint8).mul_(255).expand(*shape, 3).numpy()
         back = np.linalg.inv(plan.matrix) @ scale_matrix(shape, plan.size)
         return replace(plan, dropped=(*plan.dropped, (cells, back)))
 
@@ -383,18 +385,18 @@ class RandomCrop(Step):
 
 # %% ../nbs/05_transforms.ipynb #b317ae2a
 class RandomZoom(Step):
-    "Enlarge or shrink about the centre and shift, in the same frame."
+    "Look through a larger or smaller frame, shifted, and keep the size: enlarges by 1 / scale."
     def __init__(self,
-        scale:tuple[float, float]=(.75, 1.5), # range of the factor
-        shift:float=40., # largest shift each way, pixels
+        scale:tuple[float, float]=(.75, 1.5), # range of the frame's sides, as multiples of the picture's
+        shift:float=.2, # largest shift each way, share of the frame's sides
     ):
         self.scale, self.shift = scale, shift
 
     def plan(self, plan, generator=None):
-        "Three draws: factor, shift to the right, shift down."
-        factor, right, down = uniform(*self.scale, generator), uniform(-self.shift, self.shift, generator), uniform(-self.shift, self.shift, generator)
-        y, x = (side / 2 for side in plan.size)
-        return plan.move(shift_matrix(x + right, y + down) @ np.diag([factor, factor, 1.]) @ shift_matrix(-x, -y))
+        "Three draws: size of the frame, shift to the right, shift down."
+        factor, right, down = 1 / uniform(*self.scale, generator), uniform(-self.shift, self.shift, generator), uniform(-self.shift, self.shift, generator)
+        height, width = plan.size
+        return plan.move(shift_matrix(width * (.5 + right), height * (.5 + down)) @ np.diag([factor, factor, 1.]) @ shift_matrix(-width / 2, -height / 2))
 
 # %% ../nbs/05_transforms.ipynb #a5213ab7
 class Fused(Step):
@@ -464,8 +466,7 @@ def smaller(
 )->DataConfig:
     "The sizes of the first epochs: all that training has in pixels, times `small_share`."
     fit = lambda v: tuple(map(fit, v)) if isinstance(v, tuple) else max(round(v * config.small_share), 1)
-    return replace(config, scales=fit(config.scales), max_size=fit(config.max_size), crop_resize=fit(config.crop_resize), crop_size=fit(config.crop_size),
-                   affine_shift=config.affine_shift * config.small_share)
+    return replace(config, scales=fit(config.scales), max_size=fit(config.max_size), crop_resize=fit(config.crop_resize), crop_size=fit(config.crop_size))
 
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(

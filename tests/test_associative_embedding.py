@@ -27,7 +27,7 @@ K = 17
 AE = AEConfig()
 TINY = override(preset("ae_r50"), **{"model.backbone": "resnet_tiny", "model.hidden_dim": 16, "model.stride": 8, "train.init": "none", "train.epochs": 2, "train.batch_size": 8,
                                      "train.warmup_steps": 0, "train.device": "cpu", "data.scales": [64], "data.max_size": 64, "data.eval_scale": 64, "data.pad_multiple": 64,
-                                     "data.affine_shift": 5., "data.workers": 0})
+                                     "data.affine_shift": .05, "data.workers": 0})
 
 
 def maps_of(poses, tags, size=96, sigma=2.):

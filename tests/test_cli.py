@@ -151,6 +151,8 @@ def test_eval_layers_and_images(trained, poet):
     refused(poet("eval", "--run", trained, "--split", "test2017"), "person_keypoints_test2017.json", "--data")
     refused(poet("eval", "--results", "1.json"), "--annotations")
     refused(poet("eval", "--results", "1.json", "--annotations", "1.json", "--run", trained), "--run and --results")
+    for option, value in (("--layer", 3), ("--split", "val2017"), ("--device", "cpu"), ("--set", "train.amp=none"), ("--data", "elsewhere"), ("--name", "mine")):
+        refused(poet("eval", "--results", "1.json", "--annotations", "1.json", option, value), f"{option} and --results", "as it is")
 
 
 def test_eval_images_annotated_leaves_out_empty_images(tmp_path, poet):

@@ -31,7 +31,7 @@ PICTURE_BYTES = 100_000
 CELL_LINES, MODULE_LINES, MEDIAN_LINES = 40, 60, 12
 LEAST_TEXT = 0.4  # markdown cells to code cells
 FIRST_WITHOUT_EXPORTS = 50  # notebooks from here on draw figures and explore: nothing imports them
-FOREIGN_PATHS = tuple(f"/{name}/" for name in ("work", "tmp", "root", "home"))
+FOREIGN_PATHS = tuple(f"/{name}/" for name in ("work", "tmp", "root", "home", "Users"))
 UNWANTED = {"TO" + "DO": "do it, or file an issue", "FIX" + "ME": "mend it, or file an issue",
             "weights_only=" + "False": "files from others must not run code: load with weights_only=True",
             ".cuda" + "(": "use .to(device): not everybody has CUDA"}
