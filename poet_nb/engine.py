@@ -18,6 +18,7 @@ import atexit, copy, errno, json, math, multiprocessing, os, platform, random, r
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, save_config, write_atomic
 from .keypoints import Skeleton, save_categories
 from .coco import check_alike, file_sha256, open_split
-from .transforms import collate, eval_transforms, image_generator, normalize, one_thread, smaller, train_transforms
+from .transforms import batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, shortest_side, smaller, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
 from .weights import find_weights, start_from
@@ -163,10 +164,11 @@ def tells_size(
         raise
 
 # %% ../nbs/31_engine.ipynb #c309c218
-def _worker(worker_id):
+def _worker(worker_id, nice=0):
     "Loader processes leave Ctrl-C, SIGTERM (a cluster and torchrun send it to all processes) and the cores to the main one; they end when it does."
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
     one_thread(worker_id)
+    if nice and hasattr(os, "nice"): os.nice(nice) # where a GPU waits for the main process to tell it what to do
 
 
 # %% ../nbs/31_engine.ipynb #e6d7a2ef
@@ -228,7 +230,7 @@ def _loader(dataset, batches, config, device):
     workers = config.data.workers
     if workers: allow_open_files()
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=PadTo(config.data.pad_multiple), pin_memory=config.data.pin_memory and device.type == "cuda",
-                      worker_init_fn=_worker, multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, prefetch_factor=4 if workers else None, timeout=config.data.worker_timeout if workers else 0,
+                      worker_init_fn=partial(_worker, nice=10 if device.type == "cuda" else 0), multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
 
 # %% ../nbs/31_engine.ipynb #92f8ce4c
@@ -268,7 +270,9 @@ def eval_loader(
     "All images of the validation split, each once, this process's share of them; a bad image is an error."
     data = open_split(config.data, config.data.val)
     data.transforms = eval_transforms(config.data, data.skeleton)
-    batches = same_size_batches(data.index.images.sizes[data.rows].tolist(), min(config.train.batch_size, 32))
+    d = config.data
+    shown = [padded_size([shortest_side(tuple(size), d.eval_scale, d.max_size)], d.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
+    batches = same_size_batches(shown, min(config.train.batch_size, 32))
     return _loader(data, batches[rank()::world_size()], config, device)
 
 # %% ../nbs/31_engine.ipynb #b9f12be6
@@ -498,7 +502,7 @@ def train_step(
         with tells_size(samples), averaging(state.parallel, number == len(parts)):
             losses = forward_all(state, to_device(samples, device, config), targets, counts, config)
             state.scaler.scale(losses["loss"] / len(parts)).backward()
-        for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach() / len(parts)
+        for k, v in losses.items(): total[k] = total.get(k, 0) + (v.detach() / len(parts) if len(parts) > 1 else v.detach())
     if state.scaler.is_enabled() and any_of(not math.isfinite(total["loss"].item())): raise _not_finite("loss", parts, total)
     state.scaler.unscale_(state.optimizer)
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]

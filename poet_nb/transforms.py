@@ -9,7 +9,7 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
            'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'Fused', 'to_fractions',
            'posed_to_fractions', 'last_step', 'train_transforms', 'smaller', 'eval_transforms', 'NestedTensor',
-           'batch_size', 'pad_images', 'collate', 'one_thread', 'normalize']
+           'batch_size', 'new_batch', 'pad_images', 'collate', 'one_thread', 'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
 import math
@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 
 from .config import ConfigError, DataConfig, DataError
@@ -513,6 +514,16 @@ def batch_size(
         raise DataError(f"an image of the batch needs {need} pixels and pad_to is {tuple(pad_to)}: raise pad_to or lower max_size")
     return tuple(-(-side // multiple_of) * multiple_of for side in pad_to or need)
 
+# %% ../nbs/05_transforms.ipynb #c3065afc
+def new_batch(
+    image:Tensor,          # of the type and on the device that are wanted
+    shape:tuple[int, ...],
+)->Tensor: # zeros; for bytes in a loader process in memory that is shared already
+    "Room for a batch."
+    if get_worker_info() is None or image.dtype != torch.uint8: return image.new_zeros(shape).as_subclass(Tensor)
+    memory = torch.UntypedStorage._new_shared(math.prod(shape)) # as PyTorch's own collate does; the system gives it out empty
+    return torch.empty(0, dtype=torch.uint8).set_(memory, 0, (math.prod(shape),)).view(shape)
+
 # %% ../nbs/05_transforms.ipynb #ed0b4f1a
 def pad_images(
     images:Sequence[Tensor], # (3, H_i, W_i) each
@@ -521,7 +532,7 @@ def pad_images(
 )->NestedTensor: # tensors in the channels-last layout
     "Lay images into one batch, at the upper left, zeros elsewhere."
     size = batch_size([tuple(image.shape[-2:]) for image in images], multiple_of, pad_to)
-    tensors = images[0].new_zeros((len(images), *size, 3)).as_subclass(Tensor).permute(0, 3, 1, 2)
+    tensors = new_batch(images[0], (len(images), *size, 3)).permute(0, 3, 1, 2)
     mask = torch.ones(len(images), *size, dtype=torch.bool, device=tensors.device)
     for image, place, padding in zip(images, tensors, mask):
         place[:, :image.shape[-2], :image.shape[-1]] = image
@@ -559,4 +570,4 @@ def normalize(
     "Subtract the mean and divide by the deviation, on the device where the batch is."
     x, full = samples.tensors, 255. if samples.tensors.dtype == torch.uint8 else 1.
     mean, std = ((full * torch.tensor(v).view(3, 1, 1)).to(x.device, non_blocking=x.is_cuda) for v in (mean, std)) # made on the device, the host would wait for it
-    return NestedTensor(((x.float() - mean) / std).masked_fill_(samples.mask[:, None], 0).to(dtype), samples.mask)
+    return NestedTensor((x - mean).div_(std).masked_fill_(samples.mask[:, None], 0).to(dtype), samples.mask)

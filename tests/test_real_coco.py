@@ -45,6 +45,20 @@ def test_every_training_image_is_augmented_and_batched(coco_mini):
     assert len(angles) > 10, "crops and sizes vary"
 
 
+def test_images_are_scored_in_few_batches_and_padded_as_if_alone(coco_mini):
+    config = tiny(coco_mini, **{"data.val": "train2017", "data.pad_multiple": 64})
+    loader = eval_loader(config, CPU)
+    originals = {tuple(size) for size in loader.dataset.index.images.sizes[loader.dataset.rows].tolist()}
+    shapes, seen = {}, []
+    for samples, targets in loader:
+        shape = tuple(samples.tensors.shape[-2:])
+        shapes[shape] = shapes.get(shape, 0) + 1
+        for target in targets:
+            seen.append(int(target["image_id"]))
+            assert shape == tuple(-(-side // 64) * 64 for side in target["size"].tolist()), "padding that the image would not have alone"
+    assert sorted(seen) == sorted(loader.dataset.image_ids) and len(shapes) < len(originals) / 2
+
+
 def test_every_validation_image_is_scored(coco_mini):
     config = tiny(coco_mini)
     torch.manual_seed(0)
