@@ -13,6 +13,7 @@ from poet_nb.plot import read_metrics
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "data/runs/stride").glob("*/config.json"))
 MORE = sorted(path.parent for path in (ROOT / "data/runs/stride_more").glob("*/config.json"))
+CENTERS = sorted(path.parent for path in (ROOT / "data/runs").glob("centers_*/config.json"))
 TRUTH = ROOT / "data/synth/annotations/person_keypoints_val2017.json"
 NETWORKS = {("poet", 32), ("poet", 16), ("poet", 8), ("ae", 32), ("ae", 16), ("ae", 8), ("ae", 4)}
 METHOD = {"lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "pretrain_epochs", "seed"} # fields of train that may differ
@@ -58,7 +59,18 @@ def test_the_further_runs_differ_as_their_names_say():
             assert (config.train.epochs, config.train.pretrain_epochs) == (3 * same.train.epochs, 3 * same.train.pretrain_epochs) and len(read_metrics(folder)) == config.train.epochs
 
 
-@pytest.mark.parametrize("folder", FOLDERS + MORE, ids=lambda f: f.name)
+def test_the_runs_about_centres_differ_in_the_loss_alone():
+    assert {f.name for f in CENTERS} == {"centers_official", "centers_paper", "centers_weighted", "centers_official_weighted"}
+    configs = {f.name: load_config(f).to_dict() for f in CENTERS}
+    changed = lambda a, b: {d.split(":")[0] for d in config_differences(configs[a], configs[b])}
+    assert changed("centers_paper", "centers_official") == {"loss.loss", "loss.keypoints_loss_coef", "loss.absolute_loss_coef"}
+    assert changed("centers_paper", "centers_weighted") == changed("centers_official", "centers_official_weighted") == {"loss.centers_loss_coef"}
+    for folder in CENTERS:
+        config = load_config(folder)
+        assert len(read_metrics(folder)) == config.train.epochs and len(read_metrics(folder / "pretrain.jsonl")) == config.train.pretrain_epochs
+
+
+@pytest.mark.parametrize("folder", FOLDERS + MORE + CENTERS, ids=lambda f: f.name)
 def test_the_log_says_what_the_predictions_score(folder):
     if not TRUTH.is_file(): pytest.skip("needs `make data`")
     last = read_metrics(folder).iloc[-1]
