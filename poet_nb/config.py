@@ -79,7 +79,7 @@ class LossConfig:
 
     @classmethod
     def official(cls, **kwargs):
-        official = dict(loss="official", keypoints_loss_coef=.5, centers_loss_coef=.5, visibility_loss_coef=.2,
+        official = dict(loss="official", keypoints_loss_coef=.25, centers_loss_coef=.5, visibility_loss_coef=.2,
                         absolute_loss_coef=4., visible="visible", matcher_norm="plain")
         return cls(**(official | kwargs))
 
@@ -323,7 +323,7 @@ def _tiny():
         name="poet_tiny",
         model=ModelConfig(backbone="resnet_tiny", stride=16, frozen_stages=0, hidden_dim=128, nheads=4, enc_layers=3,
                           dim_feedforward=384, dropout=0., attention_dropout=0., positions="both"),
-        loss=LossConfig.official(visible="labelled", matcher_norm="squared", class_loss_coef=3., cost_class=2.),
+        loss=LossConfig.official(keypoints_loss_coef=.5, visible="labelled", matcher_norm="squared", class_loss_coef=3., cost_class=2.),
         data=DataConfig(root="data/synth", scales=(128,), max_size=128, eval_scale=128, rotation_degrees=15., dropout_prob=0.,
                         crop_resize=(128, 160, 192), crop_size=(96, 160), pad_multiple=128, with_people_only=False, workers=0),
         train=TrainConfig(epochs=11, batch_size=16, lr=5e-4, lr_backbone=3e-4, schedule="cosine", warmup_steps=200, amp="auto",

@@ -94,7 +94,11 @@ def read_options(
     if options.get("position_embedding", "sine") not in ("sine", "v2"):
         raise CheckpointError(f"{where}: args.position_embedding is {options['position_embedding']!r}; here positions are sines")
     told = {}
+    last, before = (options.get(name) for name in ("dilation5", "dilation4"))
     if isinstance(options.get("dilation"), bool): told["stride"] = 16 if options["dilation"] else 32
+    if isinstance(last, bool) and isinstance(before, bool):
+        if before and not last: raise CheckpointError(f"{where}: args.dilation4 is True and args.dilation5 is not; here the last stage is dilated first")
+        told["stride"] = 32 >> last + before
     if type(options.get("nheads")) is int: told["nheads"] = options["nheads"]
     return told
 
@@ -175,8 +179,8 @@ def official_file(
     stem = cache_folder()/"official"/("poet_dc5_r50" if stride == 16 else "poet_r50")
     for suffix in (".pth", ".pt", ".safetensors"):
         if (file := stem.with_name(stem.name + suffix)).is_file(): return file
-    raise CheckpointError(f"{stem}.pth: no such file. The authors' checkpoint does not come with this project: download it where the repository of the paper's authors links it "
-                          f"(End-to-End Trainable Multi-Instance Pose Estimation with Transformers, arXiv 2103.12115) and put it there, or give its path as weights")
+    raise CheckpointError(f"{stem}.pth: no such file. The authors' checkpoint does not come with this project: download it (POET-R50: zenodo.org/records/7972042, linked in the "
+                          f"repository of the paper's authors) and put it there, or give its path as weights")
 
 # %% ../nbs/14_weights.ipynb #88cc2c4f
 def cached_name(

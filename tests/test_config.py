@@ -112,7 +112,7 @@ def test_missing_fields_take_their_default_and_configurations_can_not_be_changed
 def test_the_two_losses_differ_in_the_absolute_term():
     assert LossConfig.paper() == LossConfig() and LossConfig.paper().absolute_loss_coef == 0
     official = LossConfig.official(visible="labelled")
-    assert (official.absolute_loss_coef, official.keypoints_loss_coef, official.centers_loss_coef, official.visibility_loss_coef) == (4, .5, .5, .2)
+    assert (official.absolute_loss_coef, official.keypoints_loss_coef, official.centers_loss_coef, official.visibility_loss_coef) == (4, .25, .5, .2)
     assert official.visible == "labelled" and LossConfig.official().visible == "visible" and issubclass(ConfigError, PoetError) and issubclass(DataError, ValueError)
 
 

@@ -130,7 +130,7 @@ def small() -> dict:
 @pytest.mark.parametrize("stride, queries, body, name", [(32, 25, resnet50, "resnet50"), (16, 50, resnet50, "resnet50"), (32, 50, resnet18, "resnet18")])
 def test_a_checkpoint_gives_what_pytorchs_own_layers_give(tmp_path, stride, queries, body, name):
     state = detr_state(body, queries, enc=2, channels=2048 if body is resnet50 else 512)
-    model = weights.load_official(written(tmp_path / "a.pth", state, args=Namespace(dilation=stride == 16, nheads=HEADS, lr=1e-4, output_dir="runs"))).double()
+    model = weights.load_official(written(tmp_path / "a.pth", state, args=Namespace(dilation5=stride == 16, dilation4=False, nheads=HEADS, lr=1e-4, output_dir="runs"))).double()
     m = model.config.model
     assert (m.stride, m.num_queries, m.backbone, m.hidden_dim, m.dim_feedforward, m.enc_layers, m.dec_layers, m.num_keypoints, m.num_classes, m.nheads) \
         == (stride, queries, name, D, FFN, 2, 2, K, 1, HEADS) and not model.training
@@ -276,7 +276,9 @@ def test_a_tensor_that_does_not_fit_is_named(small, tmp_path, fault):
 @pytest.mark.parametrize("args, options, said", [
     (None, {}, "does not tell its stride.*stride=32.*stride=16"), (Namespace(lr=1), {}, "does not tell its stride"), (Namespace(dilation=1), {}, "does not tell its stride"),
     (Namespace(dilation=True), dict(stride=32), "options say stride 16, not 32"), (Namespace(dilation=False, pre_norm=True), {}, "pre_norm"),
-    (Namespace(dilation=False, position_embedding="learned"), {}, "position_embedding is 'learned'")])
+    (Namespace(dilation=False, position_embedding="learned"), {}, "position_embedding is 'learned'"),
+    (Namespace(dilation5=True, dilation4=False), dict(stride=32), "options say stride 16, not 32"), (Namespace(dilation5=True, dilation4=True), dict(stride=16), "options say stride 8, not 16"),
+    (Namespace(dilation5=False, dilation4=True), {}, "dilation4 is True")])
 def test_options_that_are_missing_or_contradict(small, tmp_path, args, options, said):
     path = written(tmp_path / "a.pth", small, **({"args": args} if args else {}))
     with pytest.raises(CheckpointError, match=f"a.pth: .*{said}"): weights.load_official(path, **options)
