@@ -48,15 +48,22 @@ def test_the_budget_is_the_same():
 
 
 def test_the_further_runs_differ_as_their_names_say():
-    assert {f.name for f in MORE} == {"poet_16_time3", "ae_4_time3", "ae_8_pixels"}
+    assert {f.name for f in MORE} == {"poet_16_time3", "ae_4_time3", "ae_8_pixels", "ae_8_256px", "poet_32_256px", "poet_8_lr2"}
     for folder in MORE:
         network, what = folder.name.rsplit("_", 1)
         config, same = load_config(folder), load_config(ROOT / f"data/runs/stride/{network}_seed0")
         changed = {d.split(":")[0] for d in config_differences(same.to_dict(), config.to_dict())}
         if what == "pixels": assert changed == {"ae.sigma_unit"} and config.ae.sigma_unit == "pixels"
+        elif what == "lr2":
+            assert changed == {"train.lr", "train.lr_backbone"} and (config.train.lr, config.train.lr_backbone) == (2 * same.train.lr, 2 * same.train.lr_backbone)
+        elif what == "256px":
+            assert changed - {"train.epochs", "train.pretrain_epochs"} == {f"data.{k}" for k in ("scales", "max_size", "eval_scale", "crop_resize", "crop_size", "pad_multiple")}
+            cells = load_config(ROOT / f"data/runs/stride/{config.model.method}_{config.model.stride // 2}_seed0") # the network with as many cells at 128 pixels, and as many epochs
+            assert config.data.eval_scale == 2 * cells.data.eval_scale and (config.train.epochs, config.train.pretrain_epochs) == (cells.train.epochs, cells.train.pretrain_epochs)
         else:
             assert changed - {"train.pretrain_epochs"} == {"train.epochs", "train.eval_every"}
-            assert (config.train.epochs, config.train.pretrain_epochs) == (3 * same.train.epochs, 3 * same.train.pretrain_epochs) and len(read_metrics(folder)) == config.train.epochs
+            assert (config.train.epochs, config.train.pretrain_epochs) == (3 * same.train.epochs, 3 * same.train.pretrain_epochs)
+        assert len(read_metrics(folder)) == config.train.epochs
 
 
 def test_the_runs_about_centres_differ_in_the_loss_alone():
