@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, save_config, write_atomic
 from .keypoints import Skeleton, save_categories
 from .coco import check_alike, file_sha256, open_split
-from .transforms import batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, shortest_side, smaller, train_transforms
+from .transforms import Plan, batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, smaller, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
 from .weights import find_weights, start_from
@@ -270,8 +270,8 @@ def eval_loader(
     "All images of the validation split, each once, this process's share of them; a bad image is an error."
     data = open_split(config.data, config.data.val)
     data.transforms = eval_transforms(config.data, data.skeleton)
-    d = config.data
-    shown = [padded_size([shortest_side(tuple(size), d.eval_scale, d.max_size)], d.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
+    planned = lambda size: data.transforms.plan(Plan(tuple(size), np.eye(3))).size
+    shown = [padded_size([planned(size)], config.data.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
     batches = same_size_batches(shown, min(config.train.batch_size, 32))
     return _loader(data, batches[rank()::world_size()], config, device)
 

@@ -352,3 +352,16 @@ def test_real_images_augment(split):
 @given(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), st.integers(1, 512))
 def test_the_sides_of_a_batch_are_the_smallest_multiples(size, multiple_of):
     for side, padded in zip(size, batch_size([size], multiple_of)): assert padded % multiple_of == 0 and 0 <= padded - side < multiple_of
+
+
+def where_it_lies(images):
+    "A collate that says whether its batch is in shared memory."
+    batch = pad_images(images, 4)
+    return batch.tensors.is_shared(), batch.tensors
+
+
+def test_a_loader_process_lays_its_batch_out_in_shared_memory():
+    images = [torch.full((3, 5, 7), 9, dtype=torch.uint8), torch.full((3, 8, 3), 4, dtype=torch.uint8)]
+    (shared, batch), = torch.utils.data.DataLoader(images, batch_size=2, num_workers=1, collate_fn=where_it_lies)
+    here, plain = where_it_lies(images)
+    assert shared and not here and torch.equal(batch, plain) and batch.stride() == plain.stride()
