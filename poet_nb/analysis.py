@@ -6,7 +6,7 @@
 __all__ = ['QUADRANTS', 'MatchedPairs', 'people_of', 'match_people', 'LayerRun', 'run_layers', 'quadrant_shares',
            'visibility_quantiles', 'auc', 'calibration_table', 'calibration_error', 'ap_by_layer', 'saturation_layer',
            'bootstrap_interval', 'Estimate', 'estimate', 'verdict', 'JudgedResults', 'judge_results', 'drawn_ap',
-           'estimate_ap', 'comparable_runs']
+           'rank_images', 'estimate_ap', 'comparable_runs']
 
 # %% ../nbs/41_analysis.ipynb #0b68fa05
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .coco import CocoKeypoints
-from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
+from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, best_oks, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
                                precision_recall, results_from_predictions)
 from .config import Config, LossConfig, PoetError, load_config
 from .engine import compact, same_size_batches, to_device
@@ -160,7 +160,7 @@ def visibility_quantiles(
     predicted:np.ndarray, # (...) 0 to 1
     true:np.ndarray,      # (...) bool
     quantiles=(.05, .25, .5, .75, .95),
-)->pd.DataFrame: # a row each for False and True: n, and a column a quantile; nan where there is no joint
+)->pd.DataFrame: # a row each for False and True: n, and a column per quantile; nan where there is no joint
     "Distribution of the predicted visibility for each true one (paper, figure 8)."
     groups = {flag: np.asarray(predicted)[np.asarray(true, bool) == flag] for flag in (False, True)}
     rows = {flag: dict(n=values.size) | {q: np.quantile(values, q) if values.size else np.nan for q in quantiles} for flag, values in groups.items()}
@@ -181,7 +181,7 @@ def calibration_table(
     predicted:np.ndarray, # (...) 0 to 1
     true:np.ndarray,      # (...) bool
     bins:int=10,          # of equal width
-)->pd.DataFrame: # a row a bin: low, high, n, predicted (mean), observed (share of true ones); nan in an empty bin
+)->pd.DataFrame: # a row per bin: low, high, n, predicted (mean), observed (share of true ones); nan in an empty bin
     "Mean predicted visibility and share of joints that count, bin by bin."
     predicted, true, edges = np.ravel(predicted), np.ravel(true).astype(float), np.linspace(0, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, bins - 1)
@@ -307,6 +307,24 @@ def drawn_ap(
         copies = np.repeat(np.arange(len(judged.image)), np.where(judged.category == c, times[judged.image], 0))
         if number: values += [precision_recall(hit[copies], counted[copies], number)[0].mean() for hit, counted in zip(judged.hit, judged.counted)]
     return float(np.mean(values)) if values else np.nan
+
+# %% ../nbs/41_analysis.ipynb #f3d2be9b
+def rank_images(
+    ground_truth, # as for `evaluate_keypoints`
+    results,      # as for `evaluate_keypoints`; all of them count as shown
+    images,       # ids of the images to rank
+)->tuple[pd.DataFrame, pd.DataFrame]: # best first, a row per image with people: people, found, gain, shown, false, quality, clear; as of `best_oks`, a row per person
+    "Images by the quality of their results, and the people in them."
+    truth, results = load_ground_truth(ground_truth), load_results(results)
+    people = pd.DataFrame(best_oks(truth, results, images=images))
+    table = people.assign(gain=people["oks"].where(people["matched"], 0.)).groupby("image_id").agg(people=("matched", "size"), found=("matched", "sum"), gain=("gain", "sum"))
+    shown = pd.Series(results.scores).groupby(results.image_ids)
+    table["shown"], table["top"] = shown.size().reindex(table.index, fill_value=0), shown.max().reindex(table.index, fill_value=0.)
+    table["false"] = table["shown"] - table["found"]
+    table["quality"] = table["gain"] / (table["people"] + table["false"])
+    unclear = {a["image_id"] for a in truth.dataset["annotations"] if a.get("iscrowd") or not any(v > 0 for v in a["keypoints"][2::3])}
+    table["clear"] = ~table.index.isin(list(unclear))
+    return table.sort_values(["quality", "top"], ascending=[False, True], kind="stable").drop(columns="top"), people
 
 # %% ../nbs/41_analysis.ipynb #f93241c0
 def estimate_ap(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import Config, ConfigError, AEConfig
 from .keypoints import COCO_PERSON, Skeleton
 from .coco import CocoKeypoints
-from .transforms import NestedTensor, eval_transforms
+from .transforms import NestedTensor, eval_transforms, train_transforms
 from .backbone import Backbone
 from .poet import LaterMethods, nested
 from .pretrain import draw_heatmaps, joint_list
@@ -290,7 +290,7 @@ def score_perfect_maps(
 # %% ../nbs/45_associative_embedding.ipynb #90b666a7
 class AEMethod:
     "What the engine asks of a method, answered for associative embedding."
-    task = AELoss
+    task, augmentation = AELoss, staticmethod(train_transforms)
 
     @staticmethod
     def check(config:Config, skeleton:Skeleton|None=None):

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['HEAD_WORDS', 'Observation', 'trim_maps', 'observe', 'cells_at', 'encoder_maps', 'likely_people', 'decoder_maps',
            'upsample_maps', 'box_coverage', 'encoder_locality', 'joint_indices', 'cells_near_joints', 'attention_share',
-           'matching_costs']
+           'matching_costs', 'joint_groups', 'PeopleAttention', 'people_attention']
 
 # %% ../nbs/40_attention.ipynb #41f92c0a
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .config import DataConfig, LossConfig, PoetError
 from .keypoints import Skeleton
-from .transforms import normalize, pad_images
+from .transforms import normalize, pad_images, to_fractions
 from .poet import Poet, PostProcess
 from .matcher import PREDICTIONS, assign, class_cost, pack_targets, pose_cost, stack_outputs
 from .predict import load_image, resize_for_model
@@ -34,13 +35,14 @@ class Observation:
     cell:tuple[float, float] # (height, width) of a cell, pixels of the original image
     stride:int             # of the backbone: the side of a cell in pixels of the resized image
     shapes:dict            # name -> shape of the tensors on the way, batch of 1, padding included
+    positions:str="layers" # where the model's sine positions go, as in the configuration
 
     @property
     def grid(self)->tuple[int, int]: return tuple(self.decoder.shape[-2:]) # (R, C)
 
 # %% ../nbs/40_attention.ipynb #df4e8273
 def _mean_over_heads(module, args, output):
-    "A hook for encoder and decoder layers: their weights (B, h, T, S) become (B, 1, T, S)."
+    "A hook for encoder and decoder layers: their weights (B, h, R, G) of R rows and G cells become (B, 1, R, G)."
     state, weights = output
     return state, weights if weights is None else weights.mean(1, keepdim=True)
 
@@ -55,7 +57,7 @@ def _parts(model):
 def _watched(
     model:Poet,
     mean:bool, # average the attention over heads
-)->Iterator[dict]: # name -> shape, and "padding" -> (1, S) bool
+)->Iterator[dict]: # name -> shape, and "padding" -> (1, G) bool
     "Hooks that note shapes and padding of a forward pass, removed at the end."
     found, handles = {}, []
     def note(name, pick): return lambda module, args, output: found.__setitem__(name, tuple((output if pick is None else output[pick]).shape))
@@ -71,7 +73,7 @@ def _watched(
 
 # %% ../nbs/40_attention.ipynb #2ea24ff4
 def trim_maps(
-    weights:Tensor, # (..., S) attention over the flattened padded grid
+    weights:Tensor, # (..., G) attention over the flattened padded grid
     padding:Tensor, # (rows, columns) bool, True = padding
 )->Tensor: # (..., R, C)
     "Attention over a padded grid as maps without the padding."
@@ -97,7 +99,8 @@ def observe(
 )->Observation:
     "Show a model one image and keep what it attended to. Raises: PoetError for an unknown `heads`."
     if heads not in ("each", "mean"): raise PoetError(f"heads must be 'each' or 'mean', not {heads!r}")
-    image, data = load_image(image), data or model.config.data
+    data = data or model.config.data
+    image = load_image(image, data.bits)
     size, resized = tuple(image.shape[-2:]), resize_for_model(image, data)
     weight = next(model.parameters())
     samples = normalize(pad_images([resized], data.pad_multiple).to(weight.device), dtype=weight.dtype)
@@ -108,7 +111,8 @@ def observe(
     encoder = trim_maps(trim_maps(encoder, padding).movedim(2, -1), padding).movedim((2, 3), (4, 5))
     people = {k: v.cpu() for k, v in PostProcess()(outputs, torch.tensor([size]))[0].items()}
     cell = tuple(model.backbone.stride * before / after for before, after in zip(size, resized.shape[-2:]))
-    return Observation(outputs, people, encoder, trim_maps(decoder, padding), size, cell, model.backbone.stride, dict(image=tuple(samples.tensors.shape), **found))
+    return Observation(outputs, people, encoder, trim_maps(decoder, padding), size, cell, model.backbone.stride, dict(image=tuple(samples.tensors.shape), **found),
+                       model.config.model.positions)
 
 # %% ../nbs/40_attention.ipynb #ffe86288
 def cells_at(
@@ -250,3 +254,78 @@ def matching_costs(
     packed = pack_targets([target], stacked["pred_offsets"].shape[3], loss.visible, dtype=stacked["pred_offsets"].dtype)
     cost = loss.cost_class * class_cost(stacked["pred_logits"], packed) + pose_cost(stacked, packed, loss)
     return cost, torch.from_numpy(assign(cost[:, None].numpy(), packed.sizes)[:, 0])
+
+# %% ../nbs/40_attention.ipynb #ae3c1c39
+def joint_groups(
+    skeleton:Skeleton,
+)->dict[str, list[int]]: # name -> joints, in [0, K); a group "head" if the skeleton has one
+    "The joints of the head, each mirror pair outside it, and what is left joint by joint."
+    names, head = list(skeleton.keypoints), joint_indices(skeleton)
+    groups, taken = {"head": head} if head else {}, set(head)
+    for a, b in skeleton.flip_pairs:
+        if {a, b} & taken: continue
+        shared = "_".join(word for word in names[a].split("_") if word in names[b].split("_"))
+        groups[shared if shared and shared not in groups else f"{names[a]}, {names[b]}"] = [a, b]
+        taken |= {a, b}
+    return groups | {name: [k] for k, name in enumerate(names) if k not in taken}
+
+# %% ../nbs/40_attention.ipynb #cdb8cb4e
+@dataclass(frozen=True)
+class PeopleAttention:
+    "P people with labelled joints, G groups of joints, Le encoder layers; shares of attention."
+    image_ids:np.ndarray # (P,)
+    share:np.ndarray     # (P,) the box's share of its image
+    inside:np.ndarray    # (P, Le) encoder attention from the box that stays in the box
+    elsewhere:np.ndarray # (P, Le) what the same box holds in the next image, minus the box's share of that image
+    at:np.ndarray        # (P, G) decoder attention at the cells of each group
+    uniform:np.ndarray   # (P, G) the cells' share of the image
+    beyond:np.ndarray    # (P, G) attention at the cells in the box, minus what it would be if spread evenly over the box
+    peak:np.ndarray      # (P, G) 1 where the largest weight of the map is in one of the cells, else 0
+    groups:tuple[str, ...] # G names
+
+    @property
+    def own(self)->np.ndarray: return self.inside - self.share[:, None] # (P, Le) encoder attention that stays in the box, beyond uniform
+
+# %% ../nbs/40_attention.ipynb #261ec92c
+def _at_groups(seen, poses, box, chosen, groups):
+    "The decoder's four numbers, each (P, G)."
+    maps, cover = decoder_maps(seen, chosen.clamp(min=0)), box_coverage(box, seen)
+    near = torch.stack([cells_near_joints(poses, joints, seen) for joints in groups.values()], 1)                # (P, G, R, C)
+    total = lambda weights: weights.sum((-2, -1))
+    even = (total(maps * cover) / total(cover))[:, None] * total(near * cover[:, None])
+    peak = near.flatten(2)[torch.arange(len(maps)), :, maps.flatten(1).argmax(1)]
+    uniform = near.mean((-2, -1))
+    known = (chosen >= 0)[:, None] & (uniform > 0)
+    numbers = dict(at=total(maps[:, None] * near), uniform=uniform, beyond=total(maps[:, None] * near * cover[:, None]) - even, peak=peak)
+    return {name: torch.where(known, values, torch.nan) for name, values in numbers.items()}
+
+def _people_here(model, picture, target, groups, before):
+    "A dict for each person with joints in one image; those of the image before, in `before`, get what their boxes hold here."
+    seen, keep = observe(model, picture, heads="mean"), (target["visibility"] > 0).any(1)
+    scale = torch.tensor(seen.size[::-1]).repeat(2)
+    if before:
+        inside, share = encoder_locality(seen, torch.stack([row["box"] for row in before]) * scale)
+        for row, held in zip(before, (inside - share).T): row["elsewhere"] = held
+    if not keep.any(): return []
+    box = target["boxes"].as_subclass(Tensor)
+    poses = torch.cat([target["keypoints"].as_subclass(Tensor), target["visibility"][..., None].float()], -1)
+    chosen = matching_costs(seen.outputs, to_fractions(picture, target)[1], model.config.loss)[1]
+    inside, share = encoder_locality(seen, box)
+    rows = _at_groups(seen, poses, box, chosen, groups) | dict(image_ids=target["image_id"].expand(len(box)), box=box / scale, share=share, inside=inside.T)
+    return [{name: values[p] for name, values in rows.items()} for p in keep.nonzero()[:, 0].tolist()]
+
+# %% ../nbs/40_attention.ipynb #f690470e
+def people_attention(
+    model:Poet,
+    scenes:Iterable, # (image, target) in pixels, as `CocoKeypoints` gives them without transforms
+    groups:Mapping[str, Sequence[int]], # name -> joints, as of `joint_groups`
+)->PeopleAttention: # a row per person, in the order of the scenes
+    "Where the encoder's attention from each annotated person goes, and the decoder's of the query matched with that person. Raises: PoetError without a person."
+    people, before, first = [], [], None
+    for picture, target in scenes:
+        first = first or (picture, target)
+        people += (before := _people_here(model, picture, target, groups, before))
+    if not people: raise PoetError("no person with a labelled joint in these images: take other images, or more of them")
+    _people_here(model, *first, groups, before)                                                                 # the last image's boxes are laid over the first
+    columns = {name: torch.stack([row[name] for row in people]).numpy() for name in people[0] if name != "box"}
+    return PeopleAttention(**columns, groups=tuple(groups))

@@ -48,8 +48,8 @@ def fold_batchnorm(
     "Let each convolution apply the frozen BatchNorm behind it; parameters, keys and results stay the same."
     for conv, norm in list(_conv_norm_pairs(body)):
         if not isinstance(norm, FrozenBatchNorm2d): continue
-        conv.__class__, norm.__class__ = (FoldedConv2d, _FoldedNorm) if fold else (nn.Conv2d, FrozenBatchNorm2d)
-        if fold: object.__setattr__(conv, "folded_norm", norm)
+        conv.__class__, norm.__class__ = (FoldedConv2d, _FoldedNorm) if fold else (nn.Conv2d, FrozenBatchNorm2d) # the same parameters and keys, another `forward`
+        if fold: object.__setattr__(conv, "folded_norm", norm) # past nn.Module, which would register the norm a second time, as a child of the convolution
         else: conv.__dict__.pop("folded_norm", None)
     return body
 

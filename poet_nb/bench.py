@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Config, ConfigError, override, preset, write_atomic
+from .coco import annotation_file
 from .plot import PALETTE, TWO_COLUMNS, paper_style
 from .synth import SynthConfig, make_synth
 from .transforms import NestedTensor
@@ -243,7 +244,7 @@ def some_data(
 ):
     "The configuration with a dataset that exists."
     d = config.data
-    if all((Path(d.root) / "annotations" / f"person_keypoints_{split}.json").is_file() for split in (d.train, d.val)): yield config; return
+    if all(annotation_file(d.root, split).is_file() for split in (d.train, d.val)): yield config; return
     with tempfile.TemporaryDirectory() as folder:
         for split, seed in ((d.train, 0), (d.val, 1)): make_synth(folder, split, images, SynthConfig(size=size), seed, progress=False)
         yield override(config, **{"data.root": folder})

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
-           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'with_settings', 'usable_device',
-           'split_remedy', 'find_data', 'sizes_of', 'check_sizes', 'check_data', 'adapt_model', 'train_config',
-           'lost_weights', 'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index',
-           'model_named', 'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'run_eval',
-           'expand_sources', 'overlay_path', 'PredictJob', 'predict_images', 'predict_frames_of', 'local_files',
-           'run_job', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size',
-           'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split',
-           'check_datasets', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
+           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'data_split', 'with_settings',
+           'usable_device', 'split_remedy', 'find_data', 'check_data', 'adapt_model', 'train_config', 'lost_weights',
+           'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index', 'model_named',
+           'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'table_text', 'more_numbers',
+           'run_eval', 'expand_sources', 'overlay_path', 'subfolder', 'PredictJob', 'predict_images',
+           'predict_frames_of', 'local_files', 'run_job', 'common_folder', 'write_labels', 'run_predict', 'run_export',
+           'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command', 'check_software',
+           'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets', 'doctor_config',
+           'typical_size', 'check_people', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
-import argparse, errno, glob, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
+import argparse, errno, glob, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,26 +24,29 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
 from .config import CheckpointError, Config, ConfigError, DataError, PoetError, load_config, override, preset, write_atomic
-from .keypoints import COCO_PERSON, Skeleton
+from .keypoints import COCO_PERSON, Skeleton, lone_sides
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
-from .coco import COCO_URL, CocoKeypoints, describe, download_coco, open_coco, open_split
+from .coco import COCO_URL, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, open_coco, open_split, splits_of
 from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
-from .coco_eval import evaluate_keypoints, save_results, to_coco_results
+from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, bf16_speed, choose_device, compact, evaluate, fit, may_change
-from .results import ResultsWriter
+from .engine import autocast_dtype, best_line, bf16_speed, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, sizes_of
+from .results import ResultsWriter, to_labels
+from .transforms import shortest_side
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
-from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, is_url, layer_index as find_layer, load_image, stream_predictions
+from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
 
 # %% ../nbs/33_cli.ipynb #5ab4e060
@@ -124,7 +128,7 @@ def command(name:str, summary:str, example:str, *options)->Callable:
     return register
 
 # %% ../nbs/33_cli.ipynb #3522294e
-_GROUPS = {"data": "Draw synthetic people, or download COCO."}
+_GROUPS = {"data": "Draw synthetic people, download COCO, or divide a dataset of your own."}
 
 def _texts(summary, *examples):
     "Description and examples of a help page."
@@ -155,9 +159,13 @@ def make_parser()->argparse.ArgumentParser:
 # %% ../nbs/33_cli.ipynb #326d5bf2
 @contextmanager
 def _plain_warnings():
-    "Warnings as one line each, without the source code that raised them."
+    "Warnings as one line each, without the source code that raised them, and each but once."
+    told = set()
+    def show(message, *_, **__):
+        if str(message) not in told: print(f"poet: warning: {message}", file=sys.stderr)
+        told.add(str(message))
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"poet: warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield
 
 def _wants_traceback(args):
@@ -251,6 +259,25 @@ def data_coco(
     if {"train2017", "val2017"} <= set(fetched): print(f"next: poet train --preset poet_r50 --data {shlex.quote(str(args.folder))} --run data/runs/mine")
     return 0
 
+# %% ../nbs/33_cli.ipynb #fb46ef9a
+@command("data split", "Divide a folder of pictures that one COCO file annotates into training and validation, in COCO's layout.",
+         "poet data split pictures annotations.json --out data/mine --group folder",
+         option("pictures", type=Path, metavar="PICTURES", help="folder of the pictures, with its subfolders"),
+         option("file", type=Path, metavar="FILE", help="COCO keypoint file of them all"),
+         option("--out", type=Path, required=True, metavar="FOLDER", help="dataset folder to make; the pictures are copied"),
+         option("--val", type=share, metavar="SHARE", help="of the pictures, for validation (default: a fifth, but 100 pictures at most)"),
+         option("--group", default="", metavar="folder|PATTERN", help="pictures that stay together, such as frames of a video: those of a folder, or those in whose name the part in parentheses is the same, e.g. '(.*)_frame'"),
+         option("--area", type=share, default=0., metavar="SHARE", help="annotations without an area, or with 0, get this share of their box, e.g. 0.53 (default: none)"),
+         option("--seed", type=at_least(0), default=0, metavar="N", help="another seed, another choice (default: %(default)s)"))
+def data_split(
+    args:argparse.Namespace, # parsed options
+)->int: # exit code
+    "`poet data split`: copy pictures and annotations into two parts."
+    parts, out = lay_out(args.pictures, args.file, args.out, args.val, args.group, args.seed, args.area), shlex.quote(str(args.out))
+    for split, n in parts.items(): print(f"{args.out / split}: {n:,} images")
+    print(f"next: poet doctor --data {out}\n      poet train --init data/runs/tiny --data {out} --run data/runs/mine")
+    return 0
+
 # %% ../nbs/33_cli.ipynb #9f541c41
 _SET = option("--set", nargs="+", action="extend", default=[], metavar="PART.FIELD=VALUE", help="change settings, e.g. train.epochs=5 data.scales=[128]")
 _DATA = option("--data", type=Path, metavar="FOLDER", help="dataset in COCO's layout (default: data.root of the configuration)")
@@ -289,14 +316,14 @@ def split_remedy(
     name:str,  # of the annotation file that is missing
 )->str:
     "What to do about a split that is not there."
-    coco, files = "coco" in root.name.lower(), sorted(root.glob("annotations/person_keypoints_*.json"))
+    coco, files = "coco" in root.name.lower(), [annotation_file(root, split) for split in splits_of(root)]
     usual = name in ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
     made = lambda file: (b"cocodataset.org" if coco else b'"synth":') in file.open("rb").read(1000) # the file says in its first lines where it comes from
     if not root.is_dir() or not any(root.iterdir()) or usual and (any(map(made, files)) if files else coco):
         return f"`poet data {'coco' if coco else 'synth'} --folder {shlex.quote(str(root))}` {'downloads COCO' if coco else 'draws synthetic people'}, --data names another dataset"
-    layout = "data/README.md shows the layout, notebook 72 divides a single file"
+    layout = "data/README.md shows the layout, `poet data split` divides a single file, as notebook 72 does"
     if files: return f"name the splits with --set data.train=NAME data.val=NAME, or call them train2017 and val2017 ({layout}); --data names another dataset"
-    return f"a split NAME is a folder NAME of pictures and the file annotations/person_keypoints_NAME.json ({layout}); --data names another dataset"
+    return f"a split NAME is a folder NAME of pictures and the file annotations/person_keypoints_NAME.json, keypoints_NAME.json or NAME.json ({layout}); --data names another dataset"
 
 # %% ../nbs/33_cli.ipynb #e9720b0a
 def find_data(
@@ -305,25 +332,10 @@ def find_data(
 )->CocoKeypoints: # the last of them
     "Open a dataset. Raises: DataError that says how to get it."
     root = Path(config.data.root)
-    for file in (root / "annotations" / f"person_keypoints_{split}.json" for split in splits):
+    for file in (annotation_file(root, split) for split in splits):
         there = [f.name for f in sorted(root.glob("annotations/*.json"))]
-        if file.name not in there: raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(there[:6]) + ')' if there else ''}; {split_remedy(root, file.name)}")
+        if not file.is_file(): raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(there[:6]) + ')' if there else ''}; {split_remedy(root, file.name)}")
     return open_split(config.data, splits[-1])
-
-def sizes_of(
-    data:CocoKeypoints,
-)->dict[str, int]: # field of the configuration -> its value
-    "How many joints and classes a model of these data has."
-    return {"model.num_keypoints": data.skeleton.num_keypoints, "model.num_classes": len(data.category_ids)}
-
-def check_sizes(
-    config:Config,
-    data:CocoKeypoints,
-)->None:
-    "Raises: ConfigError where the model's joints or classes are not the data's."
-    for field, found in sizes_of(data).items():
-        own = getattr(config.model, field.removeprefix("model."))
-        if own != found: raise ConfigError(f"field {field}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {field}={found}")
 
 def check_data(
     config:Config,
@@ -408,13 +420,14 @@ def report_run(
     log:list[dict],# of `fit`
 )->int: # exit code: 0, or 130 if the run was stopped before its last epoch
     "Say what a run came to and what can be done next."
-    done, where = log[-1]["epoch"] if log else 0, shlex.quote(str(run))
-    scored = [line["coco"] for line in log if "coco" in line]
-    numbers = "".join(f", {name} {scored[-1][name]:.3f}" for name in ("AP", "AP50", "APL")) + f" on {config.data.val}" if scored else ""
-    print(f"{run}: {done} of {config.train.epochs} epochs{numbers}")
-    if done < config.train.epochs: print(f"next: poet train --run {where} --resume")
+    done, where, t = log[-1]["epoch"] if log else 0, shlex.quote(str(run)), config.train
+    kept = best_line(log) if t.keep == "best" else next((line for line in reversed(log) if "coco" in line), None)
+    numbers = "".join(f", {name} {kept['coco'][name]:.3f}" for name in ("AP", "AP50", "APL")) + f" on {config.data.val}" if kept else ""
+    print(f"{run}: {done} of {t.epochs} epochs{numbers}" + (f", the best one: epoch {kept['epoch']}" if kept and t.keep == "best" else ""))
+    if done < t.epochs and is_finished(log, config): print(f"stopped early: no better AP in {t.patience} evaluations (train.patience)")
+    if not is_finished(log, config): print(f"next: poet train --run {where} --resume")
     else: print(f"next: poet eval --run {where}\n      poet predict PHOTO.jpg --run {where}")
-    return 0 if done >= config.train.epochs else 130
+    return 0 if is_finished(log, config) else 130
 
 # %% ../nbs/33_cli.ipynb #31684d7c
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
@@ -439,13 +452,14 @@ def run_train(
     data = find_data(config, [d.train, d.val])
     config, changed = adapt_model(config, data, set(sizes_of(data)) if gone_on else {word.partition("=")[0].replace("__", ".") for word in args.set})
     check_sizes(config, data)
+    check_posed(data)
     if init: told = start_from(init, config, data.categories)[1]
     if not args.quiet and changed: print(changed)
     if not args.quiet and told: print(f"{init}: everything taken over but new ones for " + "; ".join(told))
     pre = f" after {t.pretrain_epochs} of pre-training" if t.pretrain_epochs and not init else ""
     if not args.quiet: print(f"{config.name} on {device}: {t.epochs} epochs{pre}, {t.batch_size} images a step, {d.root}/{d.train} -> {args.run}")
     with explain_memory(memory_remedy(config)): log = fit(config, args.run, args.resume, not args.quiet, init)
-    if not is_main(): return 0 if log and log[-1]["epoch"] >= t.epochs else 130
+    if not is_main(): return 0 if is_finished(log, config) else 130
     return report_run(args.run, config, log)
 
 # %% ../nbs/33_cli.ipynb #8d030f60
@@ -516,8 +530,10 @@ def score_run(
     model, config = eval_model(args)
     if args.split: config = override(config, **{"data.val": json.dumps(args.split)})
     data, device = check_data(config, [config.data.val]), next(model.parameters()).device
-    if (known := getattr(model, "categories", None)) and known[0]["keypoints"] != list(data.skeleton.keypoints):
-        raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known[0]['keypoints'])}); --data names another dataset")
+    known, told = (model.skeleton.keypoints, getattr(model, "categories", None)) if model.skeleton else ((), None)
+    if (told or known == COCO_PERSON.keypoints) and known != data.skeleton.keypoints:
+        raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known)}); --data names another dataset" +
+                        ("" if told else ". The run has no skeleton.json, so its 17 joints count as COCO's person's; if they are those of the data, copy skeleton.json from where it was trained"))
     with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet)[2]
     return data, results
 
@@ -559,6 +575,23 @@ def write_submission(
     os.replace(part, folder / f"{stem}.zip")
     return folder / f"{stem}.zip", len(images), len(results)
 
+# %% ../nbs/33_cli.ipynb #20c48331
+def table_text(
+    rows:list[dict], # with the same keys; numbers, texts, or None where there is nothing to measure
+)->str: # a line a row, below the names of the columns
+    "Rows as a table to be read."
+    table = pd.DataFrame([{name: math.nan if value is None else value for name, value in row.items()} for row in rows])
+    return table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")
+
+def more_numbers(
+    truth,   # of `load_ground_truth`
+    results, # of `load_results`
+    args:argparse.Namespace, # of `poet eval`: by_category, joints, images
+)->dict[str, list[dict]]: # "categories" and "joints", as far as asked for
+    "What the options of `poet eval` add to the ten numbers."
+    more = dict(categories=category_scores(truth, results, images=args.images)) if args.by_category else {}
+    return more | (dict(joints=joint_errors(truth, results, args.joints, images=args.images)) if args.joints is not None else {})
+
 # %% ../nbs/33_cli.ipynb #9b5c8e21
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",
          "poet eval --run data/runs/tiny --data data/synth",
@@ -567,6 +600,8 @@ def write_submission(
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
          option("--images", choices=["all", "annotated"], default="all", help="annotated: only images with people (default: all)"),
          option("--engine", choices=["numpy", "pycocotools"], default="numpy", help="the same numbers (default: numpy)"),
+         option("--joints", type=share, nargs="?", const=0., metavar="SCORE", help="also the error of each joint in pixels, and how many are missed; predictions with a score below SCORE left out (default: none)"),
+         option("--by-category", action="store_true", help="also the ten numbers of each category by itself"),
          option("--results", type=Path, metavar="FILE", help="score this file of COCO results instead of a run"),
          option("--annotations", type=Path, metavar="FILE", help="COCO keypoint file that belongs to --results"),
          option("--out", type=Path, metavar="FILE", help="write the predictions in COCO's results format; for test-dev the folder of the zip"),
@@ -580,20 +615,24 @@ def run_eval(
     of_a_run = [name for name in "run weights data split layer set device name".split() if getattr(args, name)]
     if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0]} and --results: give one of the two; a file of results is scored as it is")
     if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
+        if args.by_category or args.joints is not None: raise ConfigError(f"--split {args.split}: has no annotations here to compare with; leave out --joints and --by-category")
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
         print(f"{poses:,} poses in {images:,} images: {path}\nno scores: COCO's server computes them (cocodataset.org, Upload)")
         return 0
     if args.out and args.out.is_dir(): raise PoetError(f"{args.out}: this is a folder; name a file in it, such as {args.out / 'results.json'}")
     if args.out: args.out.parent.mkdir(parents=True, exist_ok=True)
     truth, results = (args.annotations, args.results) if args.results else score_run(args)
-    numbers = evaluate_keypoints(truth, results, images=args.images, engine=args.engine, verbose=not args.json)
-    if args.json: print(json.dumps(numbers))
+    truth, results = load_ground_truth(truth), load_results(results)
+    numbers, more = evaluate_keypoints(truth, results, images=args.images, engine=args.engine, verbose=not args.json), more_numbers(truth, results, args)
+    if args.json: print(json.dumps(numbers | more))
+    for rows in () if args.json else more.values(): print("\n" + table_text(rows))
     if args.out: save_results(results, args.out)
     return 0
 
 # %% ../nbs/33_cli.ipynb #58c2ba61
 def expand_sources(
     words:list[str], # files, folders, patterns, addresses
+    out:Path|None=None, # a folder that is no source where it lies in one
 )->list[Path|str]: # files and addresses, each once
     "The images and videos that are meant. Raises: DataError."
     files, known = [], IMAGE_SUFFIXES + VIDEO_SUFFIXES
@@ -601,7 +640,8 @@ def expand_sources(
         path = Path(word)
         if is_url(word): found = [word]
         elif path.is_file(): found = [path]
-        else: found = sorted(p for p in (path.iterdir() if path.is_dir() else map(Path, glob.glob(word, recursive=True))) if p.suffix.lower() in known and p.is_file())
+        elif path.is_dir(): found = files_below(path, known, out)
+        else: found = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.suffix.lower() in known and p.is_file())
         if not found: raise DataError(f"{word}: " + ("no image and no video in this folder" if path.is_dir() else "there is no such image, video, folder or pattern; is the path right?"))
         files += found
     return list(dict.fromkeys(files))
@@ -611,14 +651,22 @@ def overlay_path(
     folder:Path,    # where the overlays go
     file:Path,      # image or video
     ending:str,     # ".jpg" or ".mp4"
-    taken:set[str], # names given so far, in lower case; grows
+    taken:set[str], # paths given so far, in lower case; grows
 )->Path:
-    "A name for the overlay of a file that no other overlay has."
+    "A path for the overlay of a file that no other overlay has."
     stem = os.fsencode(file.stem)[:200].decode(errors="ignore")                      # a name has at most 255 bytes
-    name, n = f"{stem}_poses{ending}", 1
-    while name.lower() in taken: n += 1; name = f"{stem}_poses_{n}{ending}"
-    taken.add(name.lower())
+    name, n, path = f"{stem}_poses{ending}", 1, lambda name: str(folder.resolve() / name).lower()
+    while path(name) in taken: n += 1; name = f"{stem}_poses_{n}{ending}"
+    taken.add(path(name))
     return folder / name
+
+def subfolder(
+    file:Path|str,   # one of `expand_sources`
+    words:list[str], # what it was given
+)->Path: # relative; Path() for a file that lies in no folder that was given
+    "In which subfolder of a source a file lies."
+    folders = (Path(word) for word in words if not is_url(word) and Path(word).is_dir())
+    return next((file.relative_to(folder).parent for folder in folders if isinstance(file, Path) and file.is_relative_to(folder)), Path())
 
 # %% ../nbs/33_cli.ipynb #69f5e874
 @dataclass
@@ -634,7 +682,11 @@ class PredictJob:
     taken:set = field(default_factory=set)  # names of overlays
     bad:list = field(default_factory=list)  # errors of sources that can't be read
 
-    def overlay(self, file:Path, ending:str)->Path|None: return None if self.args.no_overlays else overlay_path(self.args.out, file, ending, self.taken)
+    def overlay(self, file:Path, ending:str)->Path|None:
+        if self.args.no_overlays: return None
+        path = overlay_path(self.args.out / subfolder(file, self.args.sources), file, ending, self.taken)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def skip(self, error:DataError):
         "A source that can't be read: an error if there is no other, else a warning."
@@ -666,7 +718,7 @@ def predict_images(
         job.skip(DataError(str(error).replace(path, names[path])))
     for path, file, size, found in stream_predictions(job.model, paths(), job.options, on_bad=on_bad):
         if out := job.overlay(file, ".jpg" if max(size) <= 65500 else ".png"):       # JPEG has no longer sides
-            Image.fromarray(overlay_poses(load_image(file), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
+            Image.fromarray(overlay_poses(load_image(file, job.model.config.data.bits), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
         job.results.add(names[path], size, found)
         bar.update()
 
@@ -684,7 +736,7 @@ def predict_frames_of(
         job.frames += 1
         bar.update()
     with tqdm(total=min(facts.frames, most or facts.frames) or None, unit="frame", desc=file.name, disable=job.args.quiet, leave=False) as bar:
-        annotate_video(job.model, frames, facts, job.overlay(file, ".mp4"), job.options, job.skeleton, each, most)
+        annotate_video(job.model, frames, facts, job.overlay(file, ".mp4"), job.options, job.skeleton, each, most, not job.args.no_track)
 
 # %% ../nbs/33_cli.ipynb #86a9b8c7
 def local_files(
@@ -721,6 +773,31 @@ def run_job(
 
 PredictJob.run = run_job
 
+# %% ../nbs/33_cli.ipynb #11d94d05
+def common_folder(
+    sources:list[Path|str], # of `expand_sources`
+    words:list[str],        # what it was given
+)->Path:
+    "The folder below which all files of the sources lie."
+    folders = {word for word in words if not is_url(word) and Path(word).is_dir()}
+    alone = {file.parent for file in sources if isinstance(file, Path) and not any(file.is_relative_to(folder) for folder in folders)}
+    places = list(map(os.path.abspath, folders | alone))
+    root = os.path.commonpath(places) if places else os.getcwd()
+    return Path(os.path.relpath(root) if Path(root).is_relative_to(Path.cwd()) else root)
+
+def write_labels(
+    file:Path,        # COCO file to write
+    predictions:Path, # predictions.json
+    sources:list[Path|str], # of `expand_sources`
+    words:list[str],  # what it was given
+)->str: # what was done
+    "Predictions as annotations."
+    root = common_folder(sources, words)
+    labels = to_labels(json.loads(predictions.read_bytes()), root)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(labels).encode())
+    return f"{len(labels['annotations']):,} poses in {len(labels['images']):,} images as annotations: {file}; file names begin below {root}"
+
 # %% ../nbs/33_cli.ipynb #11f4471f
 @command("predict", "Find people in images, videos or what a webcam sees; draws their poses, and writes them as COCO file or table.",
          "poet predict holiday/*.jpg party.mp4 https://example.org/team.jpg --run data/runs/tiny --out predictions",
@@ -731,8 +808,10 @@ PredictJob.run = run_job
                 help="lowest score kept, 0 to 1: 0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: %(default)s)"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
          option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where overlays and predictions go (default: %(default)s)"),
-         option("--csv", action="store_true", help="also write predictions.csv, a row a person"),
+         option("--csv", action="store_true", help="also write predictions.csv, a row per person"),
+         option("--labels", type=Path, metavar="FILE", help="also write the poses in images as COCO annotations, to correct them (in CVAT, for instance) and to train on them; try --threshold 0.9"),
          option("--no-overlays", action="store_true", help="no pictures, only the numbers"),
+         option("--no-track", action="store_true", help="do not follow people from frame to frame of a video: no tracks, colours by score"),
          option("--max-frames", type=at_least(1), metavar="N", help="of each video only the first N frames"),
          option("--batch", type=at_least(1), default=8, metavar="N", help="images at once (default: %(default)s)"),
          option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)"))
@@ -742,16 +821,18 @@ def run_predict(
     "`poet predict`: an overlay for each source, and one file with all poses."
     if not args.sources and args.webcam is None: raise PoetError("no SOURCE: give images, videos, folders, patterns or addresses, or --webcam N; `poet predict --help` has an example")
     if (args.out / "config.json").is_file(): raise PoetError(f"{args.out}: this is a run folder, and its predictions.json would be replaced; give another --out")
-    sources, device, model = expand_sources(args.sources), usable_device(args.device), model_of(args.run, args.weights)
+    if args.labels and (args.labels.is_dir() or args.labels.resolve() == (args.out / "predictions.json").resolve()): raise PoetError(f"--labels {args.labels}: name another file, such as labels.json")
+    sources, device, model = expand_sources(args.sources, args.out), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
     options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
-    job = PredictJob(args, model, options, Skeleton.from_category(categories_of(model)[0]), results, len(sources) + (args.webcam is not None))
-    job.taken.update(s.name.lower() for s in sources if isinstance(s, Path) and s.resolve().parent == args.out.resolve()) # an overlay never replaces a source
+    job = PredictJob(args, model, options, skeleton_of(model), results, len(sources) + (args.webcam is not None))
+    job.taken.update(str(s.resolve()).lower() for s in sources if isinstance(s, Path)) # an overlay never replaces a source
     try:
         with results, explain_memory("give a smaller --batch"): job.run(sources)
     finally:
         if results.done: print(job.summary())
     if not results.num_images and job.bad: raise DataError(f"not one of {len(job.bad)} sources can be read; the first: {job.bad[0]}")
+    if args.labels and results.done: print(write_labels(args.labels, args.out / "predictions.json", sources, args.sources))
     return 0
 
 # %% ../nbs/33_cli.ipynb #36ad8d9e
@@ -796,7 +877,7 @@ def figure_job(
     "How to execute the figure notebooks in a copy. Raises: DataError, ConfigError, PoetError."
     if not find_spec("nbclient"): raise PoetError("executing notebooks needs nbclient: pip install -e '.[dev]', or `make install`, in the repository")
     run, root = args.run or checkout / _RUN, args.data or checkout / "data" / "synth"
-    truth = root / "annotations" / f"person_keypoints_{load_config(run).data.val}.json"
+    truth = annotation_file(root, load_config(run).data.val)
     if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --folder {shlex.quote(str(root))} --train 0` draws the validation images, --data names another dataset")
     shutil.copytree(checkout / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(checkout / "settings.ini", copy)
@@ -929,7 +1010,7 @@ def check_split(
     remedy:str, # what completes it
 )->tuple[str, str]: # level, finding
     "Are the images of a split there?"
-    file, images = root / "annotations" / f"person_keypoints_{split}.json", root / split
+    file, images = annotation_file(root, split), root / split
     there = sum(not e.name.endswith(".part") for e in os.scandir(images)) if images.is_dir() else 0
     if not file.is_file(): return ("error", f"{there:,} images without annotations, interrupted? {remedy}") if there else ("warning", f"not there; {remedy}")
     listed = file.read_bytes().count(b'"file_name"')
@@ -945,27 +1026,73 @@ def check_datasets(
         if not root.is_dir(): yield "warning", str(root), f"not there; {remedy}"
         else: yield from ((level, str(root / split), text) for split in ("train2017", "val2017") for level, text in [check_split(root, split, remedy)])
 
+# %% ../nbs/33_cli.ipynb #c6da3ab9
+def doctor_config(
+    args:argparse.Namespace, # of `poet doctor`: data, preset, config, set
+)->Config:
+    "The configuration that shall learn a dataset. Raises: ConfigError."
+    if args.preset and args.config: raise ConfigError("--preset and --config: give one of the two; single settings are changed with --set")
+    config = load_config(args.config) if args.config else preset(args.preset or "poet_tiny")
+    return with_settings(config, argparse.Namespace(set=args.set, data=args.data, device=None))
+
+def typical_size(
+    data:CocoKeypoints,
+    config:Config, # says how large the network sees it
+)->np.ndarray: # (2,) width and height of the median creature with a labelled joint, pixels of the image as evaluation resizes it
+    "How large are the creatures?"
+    images, people = data.index.images, data.index.people
+    scale = np.array([shortest_side((h, w), config.data.eval_scale, config.data.max_size)[0] / h for h, w in images.sizes.tolist()])
+    sides = (people.boxes[:, 2:] - people.boxes[:, :2]) * np.repeat(scale, np.diff(people.start))[:, None]
+    return np.median(sides[(people.visibility > 0).any(1)], axis=0)
+
+def check_people(
+    data:CocoKeypoints,
+    config:Config, # as for `typical_size`
+)->Iterator[tuple[str, str, str]]: # level, subject, finding
+    "Is anybody labelled, in pixels, near the own box, and large enough to be seen?"
+    try: check_posed(data)
+    except DataError as error:
+        yield "error", "people", str(error)
+        return
+    people, stride, name = data.index.people, config.model.stride, data.index.names[0]
+    seen, xy, box = people.visibility > 0, people.keypoints, people.boxes[:, None]
+    if xy[seen].max() <= 1:
+        yield "error", "joints", "all coordinates lie between 0 and 1; they must be pixels: multiply x by the image's width, y by its height (bbox likewise)"
+        return
+    margin = .1 * (box[..., 2:] - box[..., :2]).max(-1, keepdims=True)
+    stray = float((((xy < box[..., :2] - margin) | (xy > box[..., 2:] + margin)).any(-1) & seen).sum() / seen.sum())
+    if stray > .1: yield "warning", "joints", f"{stray:.0%} of the labelled ones lie far outside the box of their own {name}: is bbox x, y, width, height, in pixels as the joints are?"
+    size = typical_size(data, config)
+    small = size.max() < 2 * stride
+    yield "warning" if small else "ok", "size", f"the median {name} has {size[0]:.0f} x {size[1]:.0f} pixels as {config.name} sees it (data.eval_scale={config.data.eval_scale}), {size[0] / stride:.1f} x {size[1] / stride:.1f} cells of stride {stride}" + (
+        ": too few to tell joints apart. Larger data.scales, data.eval_scale and data.max_size help, or pictures that are cut around the creatures (notebook 72)" if small else "")
+
 # %% ../nbs/33_cli.ipynb #7f5b9a5f
 def check_dataset(
     root:Path,     # dataset in COCO's layout
+    config:Config=preset("poet_tiny"), # says how it is opened, and how large the network sees it
     images:int=20, # that are read of each split, spread over it
 )->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Images, joints, mirror pairs and sigmas of each split."
-    files = sorted(root.glob("annotations/person_keypoints_*.json"))
-    if not files: yield "error", str(root), "no annotations/person_keypoints_SPLIT.json in it; data/README.md shows the layout"
-    for split in (file.stem.removeprefix("person_keypoints_") for file in files):
-        try:
-            data = open_coco(root, split)
-            for i in range(0, len(data), max(len(data) // images, 1)): data.load(i)
-        except PoetError as error:
-            yield "error", str(root / split), explain(error)
+    "Images, people, joints, mirror pairs, sigmas and sizes of each split."
+    if not splits_of(root): yield "error", str(root), "no annotations/person_keypoints_SPLIT.json, keypoints_SPLIT.json or SPLIT.json in it; data/README.md shows the layout, `poet data split` makes it"
+    for split in splits_of(root):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                data, failed = open_split(config.data, split, root), None
+                for i in range(0, len(data), max(len(data) // images, 1)): data.load(i)
+            except PoetError as error: failed = error
+        for text in dict.fromkeys(str(w.message).removeprefix(f"{annotation_file(root, split)}: ") for w in told): yield "warning", str(root / split), text
+        if failed:
+            yield "error", str(root / split), explain(failed)
             continue
-        s, n = data.skeleton, describe(data)
+        s, n, lone = data.skeleton, describe(data), lone_sides(data.skeleton)
         yield "ok", str(root / split), f"{n['images']:,} images, {n['people']:,} of {', '.join(data.index.names)}, {n['people_without_keypoints']:,} without joints"
-        yield "ok" if s.flip_pairs else "warning", "joints", f"{s.num_keypoints} joints, {len(s.limbs)} limbs, {len(s.flip_pairs)} mirror pairs" + (
-            "" if s.flip_pairs else ": no name says left or right, so a mirror keeps the labels; if the creatures have sides, add flip_pairs to the category")
+        sides = f"; no twin is found for {', '.join(lone[:6])}{', ...' * (len(lone) > 6)}: mend the names, or add flip_pairs to the category" if lone else ""
+        if not s.flip_pairs and not lone: sides = ": no name says left or right, so a mirror keeps the labels; if the creatures have sides, add flip_pairs to the category"
+        yield "warning" if sides else "ok", "joints", f"{s.num_keypoints} joints, {len(s.limbs)} limbs, {len(s.flip_pairs)} mirror pairs{sides}"
         if s.guessed: yield "warning", "sigmas", f"none given, estimated for {', '.join(s.guessed[:5])}{', ...' * (len(s.guessed) > 5)}; evaluation works, but its numbers can be compared with each other only"
-        if n["keypoints_outside"]: yield "warning", "joints", f"{n['keypoints_outside']:,} lie outside their image and count as unlabelled"
+        yield from check_people(data, config)
 
 # %% ../nbs/33_cli.ipynb #975b32d0
 def check_run(
@@ -998,13 +1125,16 @@ def check_runs(
 @command("doctor", "Look for what is missing or broken: versions, device, memory, disk, data, runs.",
          "poet doctor --folder data",
          option("--folder", type=Path, default=Path("data"), help="folder with synth/, coco/ and runs/ (default: %(default)s)"),
-         option("--data", type=Path, metavar="FOLDER", help="look at this dataset alone: images, joints, mirror pairs, sigmas"))
+         option("--data", type=Path, metavar="FOLDER", help="look at this dataset alone: images, joints, mirror pairs, sigmas, sizes"),
+         option("--preset", metavar="NAME", help="with --data: the configuration that shall learn it (default: poet_tiny)"),
+         option("--config", type=Path, metavar="FILE", help="with --data: the same from a config.json or a run folder"), _SET)
 def run_doctor(
     args:argparse.Namespace, # parsed options
 )->int: # exit code: 0, or 2 if something is broken
     "`poet doctor`: a line for each finding."
     counts, folder = dict(ok=0, warning=0, error=0), args.folder
-    checks = [check_dataset(args.data)] if args.data else [check_software(), check_machine(folder), check_datasets(folder), check_runs(folder / "runs")]
+    if not args.data and (args.preset or args.config or args.set): raise ConfigError("--preset, --config and --set say how a dataset is opened: give it with --data")
+    checks = [check_dataset(args.data, doctor_config(args))] if args.data else [check_software(), check_machine(folder), check_datasets(folder), check_runs(folder / "runs")]
     for check in checks:
         for level, subject, finding in check:
             counts[level] += 1

@@ -6,18 +6,19 @@
 __all__ = ['METRICS', 'OKS_THRESHOLDS', 'RECALL_THRESHOLDS', 'AREA_RANGES', 'MAX_DETECTIONS', 'KeypointGroundTruth',
            'load_ground_truth', 'KeypointResults', 'load_results', 'save_results', 'results_from_predictions',
            'to_coco_results', 'rank_detections', 'pair_up', 'pair_oks', 'may_reach', 'match_greedy', 'precision_recall',
-           'summarize', 'choose_images', 'judge_detections', 'evaluate_keypoints', 'random_coco', 'best_oks']
+           'summarize', 'choose_images', 'judge_detections', 'evaluate_keypoints', 'random_coco', 'best_oks',
+           'category_scores', 'joint_errors']
 
 # %% ../nbs/30_coco_eval.ipynb #f32c1555
 import contextlib, io, json, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from .config import DataError, NonFiniteError, write_atomic
 from .keypoints import COCO_PERSON, OKS_SIGMAS, Skeleton
-from .coco import column
+from .coco import column, complete_people, odd_people
 
 # %% ../nbs/30_coco_eval.ipynb #95e4df98
 METRICS = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
@@ -98,17 +99,17 @@ def _extents(keypoints, boxes):
 
 # %% ../nbs/30_coco_eval.ipynb #469c0a39
 def _people_columns(people, K, name):
-    "Arrays of the chosen annotations. Raises: DataError naming annotation id and field."
-    where, nobody = f"{name}: annotation", [0] * (3*K)
-    hidden = lambda p: "keypoints" not in p and (p.get("iscrowd") or p.get("num_keypoints") == 0)
-    keypoints = column([p | {"keypoints": nobody} if hidden(p) else p for p in people], "keypoints", where, 3*K).reshape(-1, K, 3)
+    "Arrays of the chosen annotations, and the annotations with what was filled in. Raises: DataError naming annotation id and field."
+    where, (people, notes) = f"{name}: annotation", complete_people(people, K, name)
+    keypoints = column(people, "keypoints", where, 3*K).reshape(-1, K, 3)
     boxes, areas = column(people, "bbox", where, 4), column(people, "area", where)
     if (areas < 0).any(): raise DataError(f"{where} {people[np.argmin(areas)]['id']}: field 'area' must not be negative")
     crowd = column(people, "iscrowd", where, default=0) != 0
     counts = (keypoints[:, :, 2] > 0).sum(1).tolist()
     number = column([{"num_keypoints": n} | p for p, n in zip(people, counts)], "num_keypoints", where)
     low, high = _extents(keypoints, boxes)
-    return dict(keypoints=keypoints, boxes=boxes, areas=areas, low=low, high=high, crowd=crowd, ignored=crowd | (number == 0))
+    for note in notes + odd_people(people, keypoints, areas, crowd, name): warnings.warn(note)
+    return dict(keypoints=keypoints, boxes=boxes, areas=areas, low=low, high=high, crowd=crowd, ignored=crowd | (number == 0)), people
 
 # %% ../nbs/30_coco_eval.ipynb #65ec23f2
 def _check_ids(ids, name):
@@ -145,7 +146,9 @@ def _prepare(dataset, name, image_ids, sigmas, category_id):
     order = np.argsort(cells, kind="stable")
     people = [everyone[i] for i in rows[order]]
     sigmas = _default_sigmas(categories, people, name) if sigmas is None else _check_sigmas(sigmas, name)
-    columns = _people_columns(people, len(sigmas), name)
+    columns, whole = _people_columns(people, len(sigmas), name)
+    new = {id(old): person for old, person in zip(people, whole) if old is not person}
+    if new: dataset = dataset | {"annotations": [new.get(id(a), a) for a in everyone]}                # pycocotools reads them there
     return KeypointGroundTruth(name, dataset, image_ids, tuple(categories), sigmas, ids[rows[order]], cells[order], **columns)
 
 # %% ../nbs/30_coco_eval.ipynb #d230f67a
@@ -229,7 +232,7 @@ def load_results(
     if isinstance(source, KeypointResults): return source
     if isinstance(source, dict): return _results_from_arrays(source)
     entries, name = (_read_json(source), str(source)) if isinstance(source, (str, Path)) else (source, "results")
-    if not isinstance(entries, (list, tuple)): raise DataError(f"{name}: must be a list of results in COCO's format")
+    if not isinstance(entries, (list, tuple)): raise DataError(f"{name}: must be a list of results in COCO's format; `poet eval --run ... --out FILE` writes one (the file of `poet predict` numbers its images by itself)")
     return _results_from_list(entries, name)
 
 # %% ../nbs/30_coco_eval.ipynb #b190b895
@@ -469,8 +472,8 @@ def _out_of_range(areas):
     return (areas < low) | (areas > high)
 
 # %% ../nbs/30_coco_eval.ipynb #b88d6b3a
-def _average(truth, keep, ignored, category, hit, counted):
-    "The ten numbers from hits and counted detections (A, T, D), best score first; `category` (D,) is each detection's."
+def _tables(truth, keep, ignored, category, hit, counted):
+    "Precision (T, 101, C, A) and recall (T, C, A) from hits and counted detections (A, T, D), best score first; `category` (D,) is each detection's."
     A, T, C = len(hit), len(OKS_THRESHOLDS), len(truth.category_ids)
     precision, recall = np.empty((T, len(RECALL_THRESHOLDS), C, A)), np.empty((T, C, A))
     scored = keep[truth.image_index]
@@ -479,7 +482,7 @@ def _average(truth, keep, ignored, category, hit, counted):
         for a in range(A):
             number = int((people & ~ignored[a]).sum())
             for t in range(T): precision[t, :, c, a], recall[t, c, a] = precision_recall(hit[a, t, mine], counted[a, t, mine], number)
-    return summarize(precision, recall)
+    return precision, recall
 
 # %% ../nbs/30_coco_eval.ipynb #f3cf5261
 def judge_detections(
@@ -502,10 +505,14 @@ def judge_detections(
     match = match_greedy(detection, person, similarity, rank, ignored, truth.crowd, thresholds)
     return cells, ignored, *_hits(truth, ignored, outside, detection, person, match)
 
+def _judged_tables(truth, results, keep):
+    "Precision and recall of each category on the images `keep` (I,) bool, as `summarize` takes them."
+    cells, ignored, hit, counted = judge_detections(truth, results, keep)
+    return _tables(truth, keep, ignored, cells // len(keep), hit, counted)
+
 def _score(truth, results, keep):
     "COCO's ten numbers on the images `keep` (I,) bool."
-    cells, ignored, hit, counted = judge_detections(truth, results, keep)
-    return _average(truth, keep, ignored, cells // len(keep), hit, counted)
+    return summarize(*_judged_tables(truth, results, keep))
 
 # %% ../nbs/30_coco_eval.ipynb #851b1a5d
 def _score_pycocotools(truth, results, keep):
@@ -639,3 +646,63 @@ def best_oks(
     result = take(index[detection], -1)
     return dict(image_id=truth.image_ids[truth.image_index[people]], annotation_id=truth.annotation_ids[people], matched=take(match, False), result=result,
                 oks=take(similarity, 0.), score=np.where(result >= 0, results.scores[result], 0.) if len(results) else np.zeros(len(pair)))
+
+# %% ../nbs/30_coco_eval.ipynb #4499a47c
+def _names(truth):
+    "For each scored category its name and the names of its joints."
+    known, K = {c["id"]: c for c in truth.dataset["categories"]}, len(truth.sigmas)
+    plain = COCO_PERSON.keypoints if K == COCO_PERSON.num_keypoints else [f"joint_{k}" for k in range(K)]
+    return [(str(known[i].get("name", i)), known[i].get("keypoints") or plain) for i in truth.category_ids]
+
+def category_scores(
+    ground_truth,       # as for `evaluate_keypoints`
+    results,            # as for `evaluate_keypoints`
+    sigmas=None,        # (K,) OKS sigmas
+    images="all",       # as for `evaluate_keypoints`
+)->list[dict]: # one a category: category (its name), people (those who count), and the ten numbers
+    "The ten numbers of each category. Raises: DataError."
+    truth, results = load_ground_truth(ground_truth, sigmas), load_results(results)
+    keep = choose_images(truth, images)
+    precision, recall = _judged_tables(truth, results, keep)
+    counts = np.bincount(truth.cells[~truth.ignored & keep[truth.image_index]] // len(keep), minlength=len(truth.category_ids))
+    return [dict(category=name, people=int(counts[c])) | summarize(precision[:, :, [c]], recall[:, [c]]) for c, (name, _) in enumerate(_names(truth))]
+
+# %% ../nbs/30_coco_eval.ipynb #e5592f18
+def _found_distances(truth, results, keep, threshold):
+    "Rows of the people who count, and the distance of each joint (R, K) to the result that found its person, pixels; inf: not found."
+    found = best_oks(truth, results, threshold, images=truth.image_ids[keep])
+    order = np.argsort(truth.annotation_ids)
+    person, hit = order[np.searchsorted(truth.annotation_ids, found["annotation_id"], sorter=order)], found["matched"]
+    distance = np.full((len(person), len(truth.sigmas)), np.inf)
+    if hit.any(): distance[hit] = np.linalg.norm(results.keypoints[found["result"][hit], :, :2] - truth.keypoints[person[hit], :, :2], axis=-1)
+    return person, distance
+
+def _error_row(distance, near):
+    "The numbers of some labelled joints (n,): distances in pixels, inf where missed, and which are near enough."
+    if not len(distance): return dict(labelled=0, missed=None, median=None, rms=None, pck=None)
+    there = distance[np.isfinite(distance)]
+    median, rms = (float(np.median(there)), float(np.sqrt(np.mean(there**2)))) if len(there) else (None, None)
+    return dict(labelled=len(distance), missed=float(np.isinf(distance).mean()), median=median, rms=rms, pck=float(near.mean()))
+
+# %% ../nbs/30_coco_eval.ipynb #e2447da5
+def joint_errors(
+    ground_truth,        # as for `evaluate_keypoints`
+    results,             # as for `evaluate_keypoints`
+    min_score:float=0.,  # results with a lower score are left out
+    threshold:float=.5,  # OKS from which a person is found
+    share:float=.1,      # PCK: a joint is right up to this share of the longer side of its person's box
+    sigmas=None,         # (K,) OKS sigmas, of the matching only
+    images="all",        # as for `evaluate_keypoints`
+)->list[dict]: # category, joint (in the end "all"), labelled, missed, median and rms in pixels, pck; None where there is nothing to measure
+    "Errors of each joint of each category in pixels. Raises: DataError."
+    truth, results = load_ground_truth(ground_truth, sigmas), load_results(results)
+    good, rows = results.scores >= min_score, []
+    some = replace(results, **{f: getattr(results, f)[good] for f in ("image_ids", "category_ids", "scores", "keypoints")}, boxes=None)
+    keep = choose_images(truth, images)
+    person, distance = _found_distances(truth, some, keep, threshold)
+    labelled, near = truth.keypoints[person, :, 2] > 0, distance <= share * truth.boxes[person, 2:].max(1, initial=0)[:, None]
+    for c, (name, joints) in enumerate(_names(truth)):
+        own = labelled & (truth.cells[person] // len(keep) == c)[:, None]
+        rows += [dict(category=name, joint=joint) | _error_row(distance[own[:, k], k], near[own[:, k], k]) for k, joint in enumerate(joints)]
+        rows.append(dict(category=name, joint="all") | _error_row(distance[own], near[own]))
+    return rows

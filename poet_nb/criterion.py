@@ -70,11 +70,12 @@ def loss_weights(
 
 # %% ../nbs/21_criterion.ipynb #20ffbfcf
 def name_terms(
-    terms:Tensor, # (5, L) terms of all layers
+    terms:Tensor, # (F, L) terms of all layers
+    names:tuple=TERMS, # F names
 )->dict: # name -> scalar; "loss_ce_0" is the first layer's, the last layer's names have no number
     "Take a table of terms apart."
     L = terms.shape[1]
-    names = [name if layer == L - 1 else f"{name}_{layer}" for name in TERMS for layer in range(L)]
+    names = [name if layer == L - 1 else f"{name}_{layer}" for name in names for layer in range(L)]
     return dict(zip(names, terms.flatten().unbind()))
 
 # %% ../nbs/21_criterion.ipynb #6d911954
@@ -84,7 +85,7 @@ def count_errors(
     packed:PackedTargets, # T people
     labels:Tensor,        # (M,) int64 class of the matched person
     slots:Tensor,         # (M,) int64 slot of the matched query, in [0, B*Q)
-)->dict: # class_error, percent of the matched queries; cardinality_error, people an image
+)->dict: # class_error, percent of the matched queries; cardinality_error, people per image
     "How often the class is wrong, and how far off the number of people is."
     found, nobody = logits.argmax(-1), logits.shape[-1] - 1
     wrong = found.flatten().index_select(0, slots) != labels
@@ -101,8 +102,12 @@ class SetCriterion(nn.Module):
         super().__init__()
         if (loss.loss == "official") != (loss.absolute_loss_coef > 0):
             raise ConfigError(f"field loss.loss is {loss.loss!r} but loss.absolute_loss_coef is {loss.absolute_loss_coef}: 'official' has the "
-                              "absolute term and 'paper' does not; LossConfig.official() and LossConfig.paper() set both")
+                              "absolute term and 'paper' does not: set " + ("loss.absolute_loss_coef=0" if loss.loss == "paper" else "loss.absolute_loss_coef=4 (the authors' weight)") + " too")
         self.loss, self.num_classes, self.matcher = loss, num_classes, HungarianMatcher(loss)
+
+    def further_terms(self, stacked:dict, packed:PackedTargets, pairs:Assignment, slots:Tensor)->dict: # name -> (L,), weighted, sums over the matched people
+        "None here; a subclass adds terms of its own to the loss (notebook 74). Arguments as in `pose_losses`."
+        return {}
 
     def forward(self,
         outputs:dict,    # the model's outputs, (B, Q, ...) each, and "aux_outputs"
@@ -125,6 +130,8 @@ class SetCriterion(nn.Module):
             slot_weight = None if num_images is None else max(eos * logits.shape[2] * num_images + (1 - eos) * num_people, 1e-9)
             terms = torch.cat([class_loss(logits, labels, slots, eos, slot_weight)[None], pose_losses(stacked, packed, pairs, slots) / people])
             total = sum(weight * term for weight, term in zip(loss_weights(self.loss).values(), terms.sum(1).unbind()) if weight)
+            further = {name: term / people for name, term in self.further_terms(stacked, packed, pairs, slots).items()}
+            total, terms = sum((term.sum() for term in further.values()), total), torch.cat([terms, *(term[None] for term in further.values())])
             last = len(slots) - len(slots) // len(logits) # the last layer's pairs come last
             errors = count_errors(logits[-1], packed, labels[last:], slots[last:] - logits[:-1, :, :, 0].numel())
-        return dict(loss=total) | name_terms(terms.detach()) | errors
+        return dict(loss=total) | name_terms(terms.detach(), (*TERMS, *further)) | errors

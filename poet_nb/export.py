@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'AXES', 'OPSETS', 'TOLERANCE', 'CHECKED', 'bake_batchnorm', 'outside', 'DeployedPoet', 'describe',
-           'understand', 'trace', 'check_target', 'export_program', 'export_onnx', 'ExportedPoet', 'load_program',
-           'load_onnx', 'check_export']
+           'understand', 'ThinnedPool', 'trace', 'check_target', 'export_program', 'export_onnx', 'ExportedPoet',
+           'load_program', 'load_onnx', 'check_export']
 
 # %% ../nbs/32c_export.ipynb #dd77304e
 import copy, io, json, logging, os, warnings
@@ -127,6 +127,11 @@ def _quiet():
         try: yield
         finally: logging.disable(before)
 
+# %% ../nbs/32c_export.ipynb #4f0bcb4b
+class ThinnedPool(nn.Module):
+    "The 3 x 3 max pooling of a ResNet, stride 2, as one of stride 1 of which every second value is kept."
+    def forward(self, x): return F.max_pool2d(x, 3, 1, 1)[..., ::2, ::2]
+
 # %% ../nbs/32c_export.ipynb #21382d8f
 def trace(
     model:Poet,
@@ -136,7 +141,14 @@ def trace(
     images, sizes = torch.zeros(2, 3, 160, 128, dtype=torch.uint8), torch.tensor([[160, 128], [90, 50]])
     free = dict(batch=Dim("batch", min=1), height=Dim("height", min=SMALLEST), width=Dim("width", min=SMALLEST))
     shapes = tuple({axis: free[name] for axis, name in axes.items()} for axes in AXES)
-    with _quiet(): program = torch.export.export(deployed, (images, sizes), dynamic_shapes=shapes)
+    def record():
+        with _quiet(): return torch.export.export(deployed, (images, sizes), dynamic_shapes=shapes)
+    body = deployed.network.backbone.body
+    try: program = record()
+    except torch._dynamo.exc.UserError:
+        if not isinstance(body.maxpool, nn.MaxPool2d): raise
+        body.maxpool = ThinnedPool()
+        program = record()
     for node in program.graph.nodes: node.meta.pop("stack_trace", None) # paths of this machine
     return program
 

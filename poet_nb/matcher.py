@@ -115,8 +115,8 @@ def stack_outputs(
 
 # %% ../nbs/20_matcher.ipynb #a66d18d6
 def _differences(
-    predicted:Tensor,     # (L, B, Q, ...) with F features a query
-    true:Tensor,          # (T, ...) with F features a person
+    predicted:Tensor,     # (L, B, Q, ...) with F features per query
+    true:Tensor,          # (T, ...) with F features per person
     packed:PackedTargets, # whose image is whose
 )->Tensor: # (T, F, L*Q)
     "Prediction minus truth, each person against all queries of all layers of its own image."

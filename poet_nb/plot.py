@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
@@ -168,7 +169,7 @@ def draw_poses(
     threshold:float|None=None, # see `joint_states`
     title:str="", # text above the image
 ): # the axis
-    "Draw poses over an image: one colour a person, hidden joints hollow."
+    "Draw poses over an image: one colour per person, hidden joints hollow."
     ax, (points, state) = show_image(image, ax, title), joint_states(keypoints, threshold)
     check_joints(points, skeleton)
     for i, (xy, drawn) in enumerate(zip(points, state)):
@@ -225,11 +226,12 @@ def gallery(
     text:float=.14, # space above each row for titles, inches
     left:float=0., # space left of the rows, inches
     gap:float=.04, # between images, inches
+    bottom:float=0., # space below the rows, inches
     max_height:float=2.2, # of a row, inches
 ): # the figure, and a list of axes for each row
     "A figure with rows of images that fill its width."
     heights = [min(max_height, (width - left - gap * (len(row) - 1)) / sum(row)) for row in rows]
-    total = sum(heights) + text * len(rows) + gap * (len(rows) - 1)
+    total = sum(heights) + text * len(rows) + gap * (len(rows) - 1) + bottom
     fig, axes, top = plt.figure(figsize=(width, total), layout="none"), [], total
     for row, h in zip(rows, heights):
         top, x, line = top - text - h, left, []
@@ -245,7 +247,7 @@ def contact_sheet(
     images:Sequence, # anything `to_image` reads
     keypoints:Sequence|None=None, # for each image (N, K, 3) as in `draw_poses`, or None
     titles:Sequence[str]|None=None, # for each image
-    columns:int=6, # images a row
+    columns:int=6, # images per row
     skeleton:Skeleton=COCO_PERSON, # gives the limbs
     width:float=TWO_COLUMNS, # of the figure, inches
 ): # the figure
@@ -273,7 +275,15 @@ def _draw_panel(ax, panel, skeleton, threshold):
     for i in false:
         draw_person(ax, points[i], state[i], skeleton.limbs, FALSE_COLOR, dashed=True)
         if scores is not None and state[i].any(): _write_score(ax, points[i], state[i], FALSE_COLOR, scores[i])
-    for xy, drawn in zip(*joint_states(panel.get("missed", []))): draw_person(ax, xy, np.minimum(drawn, 1), skeleton.limbs, MISSED_COLOR)
+    with plt.rc_context({f"lines.{what}": .55 * plt.rcParams[f"lines.{what}"] for what in ("linewidth", "markersize")}): # thin: a false person often lies below
+        for xy, drawn in zip(*joint_states(panel.get("missed", []))): draw_person(ax, xy, 2 * (drawn > 0), skeleton.limbs, MISSED_COLOR)
+
+def _draw_key(fig, panels):
+    "A line below the rows that says what red and dark poses are, if there are any."
+    kinds = {"found somebody (a colour per person)": (True, person_color(0), "-", 1.1, 2.2), "false: found nobody": (any(len(p.get("false", ())) for p in panels), FALSE_COLOR, (0, (2, 1.3)), 1.1, 2.2),
+             "missed: annotated, and not found": (any(len(p.get("missed", ())) for p in panels), MISSED_COLOR, "-", .6, 1.2)}
+    handles = [Line2D([], [], color=color, ls=dashes, lw=width, marker="o", markersize=size, label=name) for name, (there, color, dashes, width, size) in kinds.items() if there]
+    fig.legend(handles=handles, loc="lower center", ncols=3, fontsize=7, handlelength=2.4, borderpad=0, borderaxespad=.1, frameon=False)
 
 # %% ../nbs/02_plot.ipynb #8922d988
 def plot_predictions(
@@ -285,11 +295,14 @@ def plot_predictions(
     "Fig. 3: rows of images with predicted poses."
     rows = {name: panels for name, panels in rows.items() if len(panels)}
     if not rows: raise PoetError("no prediction to plot: every row is empty")
-    fig, axes = gallery([[aspect_of(p["image"]) for p in panels] for panels in rows.values()], width, left=.16)
+    every = [panel for panels in rows.values() for panel in panels]
+    key = any(len(panel.get(name, ())) for panel in every for name in ("false", "missed"))
+    fig, axes = gallery([[aspect_of(p["image"]) for p in panels] for panels in rows.values()], width, left=.16, bottom=.2 * key)
     with paper_style(lines_linewidth=1.1, lines_markersize=2.2):
         for (name, panels), line in zip(rows.items(), axes):
             for panel, ax in zip(panels, line): _draw_panel(ax, panel, skeleton, threshold)
             line[0].set_ylabel(name, fontsize=7.5, labelpad=2)
+        if key: _draw_key(fig, every)
     return fig
 
 # %% ../nbs/02_plot.ipynb #64d61e08
@@ -309,7 +322,7 @@ def _read_epochs(path):
 # %% ../nbs/02_plot.ipynb #ae69e787
 def read_metrics(
     run:str|os.PathLike, # run folder, or its metrics.jsonl
-)->pd.DataFrame: # a row an epoch, sorted; columns epoch, step, lr, ..., "train/loss", "val/loss", "coco/AP"
+)->pd.DataFrame: # one row per epoch, sorted; columns epoch, step, lr, ..., "train/loss", "val/loss", "coco/AP"
     "Read a run's log; DataError names file and line."
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file(): raise DataError(f"{path}: no such file: give the folder of a run (see `poet train`) or its metrics.jsonl")
@@ -421,7 +434,8 @@ def plot_losses(
             ax.set(yscale="log") if log else ax.set_ylim(bottom=0)
             mark_lr_drops(ax, metrics, label="top" if i == 0 else "")
             mark_parts(ax, starts or {}, label="bottom" if i == 0 else "")
-        axes[0, -1].legend(handlelength=2.2, loc="lower right", frameon=True, framealpha=.9, edgecolor="none")
+        kinds = [Line2D([], [], color=".3", ls=line.get_linestyle(), label=line.get_label()) for line in axes[0, -1].get_legend_handles_labels()[0]]
+        fig.legend(handles=kinds, handlelength=2.2, loc="outside upper right", ncols=2, borderpad=0, borderaxespad=.1, frameon=False) # no curve lies below it
     return fig
 
 # %% ../nbs/02_plot.ipynb #6fbc1779

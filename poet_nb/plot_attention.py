@@ -213,8 +213,8 @@ def _shape(ax, x, y, shape, name=""):
     ax.text(x, y, (name + "\n" if name else "") + " × ".join(map(str, shape)), ha="center", va="top", fontsize=5.5, color=PALETTE[1], linespacing=1.2)
 
 # %% ../nbs/43_plot_attention.ipynb #5f44b529
-def _draw_trunk(ax, steps, queries, positions, x, step, y):
-    "Backbone to decoder, with what enters from above; x of the left edge, (width, gap) of a box, y of the middle, mm."
+def _draw_trunk(ax, steps, queries, positions, in_layers, x, step, y):
+    "Backbone to decoder, with what enters from above; `in_layers`: positions enter the decoder's layers too; x of the left edge, (width, gap) of a box, y of the middle, mm."
     width, gap = step
     for i, (name, detail, shape) in enumerate(steps):
         left = x + i * (width + gap)
@@ -225,6 +225,9 @@ def _draw_trunk(ax, steps, queries, positions, x, step, y):
         if above is None: continue
         _arrow(ax, (left + width / 2, y - 10.3), (left + width / 2, y - 6.6))
         _shape(ax, left + width / 2, y - 15.4, above[1], above[0])
+        if name == "decoder" and in_layers:
+            ax.plot([left - gap - width / 2, left + 2.6], [y - 8.5] * 2, color=".25", lw=.7, solid_capstyle="butt")
+            _arrow(ax, (left + 2.6, y - 8.5), (left + 2.6, y - 6.6))
     return x + len(steps) * (width + gap)
 
 # %% ../nbs/43_plot_attention.ipynb #652a20e6
@@ -234,7 +237,7 @@ def _draw_pipeline(fig, image, seen, queries, skeleton, top):
     height = min(25., 30 / aspect)
     ax, side, y = _page(fig, 0, top, total, 40), height * aspect, 21.
     width, steps = (total - 2 * side - 7 * gap) / 6, pipeline_steps(seen)
-    x = _draw_trunk(ax, steps[:5], seen.shapes["queries"], seen.shapes["cells"][1:], side + gap, (width, gap), y)
+    x = _draw_trunk(ax, steps[:5], seen.shapes["queries"], seen.shapes["cells"][1:], seen.positions != "input", side + gap, (width, gap), y)
     for at, (name, detail, shape) in zip((y - 7, y + 7), steps[5:]):
         _arrow(ax, (x - gap + .2, y), (x - .1, at)); _arrow(ax, (x + width + .1, at), (x + width + gap - .2, y))
         _box(ax, x, at, width, 8.5, name, detail); _shape(ax, x + width / 2, at + 4.9, shape)
@@ -362,12 +365,12 @@ def _draw_costs(ax, cost, chosen, columns):
     return colors
 
 # %% ../nbs/43_plot_attention.ipynb #bf6278eb
-def _draw_key(ax, colors):
+def _draw_key(ax, colors, name):
     "The costs that the colours of the matrix stand for."
     bar = ax.figure.colorbar(colors, cax=ax, orientation="horizontal", extend="max" if colors.get_array().max() > colors.norm.vmax else "neither", extendfrac=.03)
     bar.outline.set_visible(False); bar.locator = MaxNLocator(6); bar.update_ticks()
     ax.tick_params(length=1.5, pad=1)
-    ax.text(-.02, .5, "matching cost (eq. 1)", ha="right", va="center", fontsize=6.5, transform=ax.transAxes)
+    ax.text(-.02, .5, name, ha="right", va="center", fontsize=6.5, transform=ax.transAxes)
     ax.set_label("key")
 
 # %% ../nbs/43_plot_attention.ipynb #06151732
@@ -407,6 +410,7 @@ def plot_overview(
     cost:Tensor, # (P, N) matching cost
     chosen:Tensor, # (P,) query of each person, -1 for none
     skeleton:Skeleton=COCO_PERSON, # joint names and limbs
+    cost_name:str="matching cost (eq. 1)", # what the costs are, beside the key to their colours
     width:float=TWO_COLUMNS, # of the figure, inches
 ): # the figure; axes are labelled "image", "poses", "offsets", "vector", "pairs", "cost"
     "Fig. 2: a) the model's parts and tensors, b) a pose as a vector, c) the matching. Raises: PoetError."
@@ -423,6 +427,6 @@ def plot_overview(
         _draw_bars(at(left + 7, second + 22, total - left - 7.5, 13.5), vector)
         _draw_pairs(at((side - small * aspect) / 2, third + 5, small * aspect, small), image, seen, annotated, chosen, skeleton)
         colors = _draw_costs(at(left + 6, third + 5, total - left - 6.5, matrix), cost, chosen, columns_to_show(cost, chosen))
-        _draw_key(at(left + 36, third + matrix + 14.5, .45 * (total - left), 1.8), colors)
+        _draw_key(at(left + 51, third + matrix + 14.5, .45 * (total - left), 1.8), colors, cost_name)
         for y, text in zip((0, second, third), _headings(seen, vector, cost, chosen)): fig.text(0, 1 - (y + .4) * MM / fig.get_size_inches()[1], text, va="top", fontsize=7.5)
     return fig

@@ -12,10 +12,10 @@ from torch import Tensor
 
 # %% ../nbs/11_position_encoding.ipynb #a7919b22
 def sine_positions(
-    mask:Tensor,             # (B, H, W) bool, True = padding
+    mask:Tensor,             # (B, H', W') bool, True = padding
     hidden_dim:int,          # d, divisible by 4
-    temperature:float=10000.,# T
-)->Tensor: # (B, d, H, W) float32: d/2 channels for y, then d/2 for x
+    temperature:float=10000.,# tau
+)->Tensor: # (B, d, H', W') float32: d/2 channels for y, then d/2 for x
     "Fixed 2-D sine encoding of the cells of a feature grid (paper, *Encoder-Decoder transformer*)."
     inside = (~mask).float()
     half = hidden_dim // 2

@@ -48,14 +48,14 @@ def cell_owners(
     index:Tensor,    # (T,) image of each person
     shape:tuple,     # (B, height, width) of the feature grid, cells
     reach:float=1.5, # cells
-)->tuple[Tensor, Tensor]: # (B, S) person of each cell, -1 for none; (S, 2) cell centres (x, y), fractions
+)->tuple[Tensor, Tensor]: # (B, G) person of each cell, -1 for none; (G, 2) cell centres (x, y), fractions
     "The person that each cell belongs to: the one with the nearest labelled joint within reach."
     B, height, width = shape
     y, x = torch.meshgrid((torch.arange(height) + .5) / height, (torch.arange(width) + .5) / width, indexing="ij")
     cells = torch.stack([x, y], -1).flatten(0, 1).to(joints)
     if len(joints) == 0: return torch.full((B, len(cells)), -1, device=joints.device), cells
     unit = torch.tensor([width, height], device=joints.device)
-    near = torch.cdist(joints.flatten(0, 1) * unit, cells * unit).unflatten(0, joints.shape[:2])       # (T, K, S) in cells
+    near = torch.cdist(joints.flatten(0, 1) * unit, cells * unit).unflatten(0, joints.shape[:2])       # (T, K, G) in cells
     near = near.masked_fill(~seen[..., None], float("inf")).amin(1)
     best = torch.full((B, len(cells)), float("inf"), device=joints.device).scatter_reduce_(0, index[:, None].expand_as(near), near, "amin")
     owns = (near == best[index]) & (near < reach)
@@ -68,7 +68,7 @@ class DensePretrainer(nn.Module):
     def __init__(self,
         poet:Poet,           # trained in place
         loss:LossConfig,     # weights of the pose terms
-        zoom:int=4,          # heatmap cells a feature cell, each way
+        zoom:int=4,          # heatmap cells per feature cell, each way
         heatmap_coef:float=.015, # weight of the heatmaps
     ):
         super().__init__()
@@ -93,8 +93,16 @@ class DensePretrainer(nn.Module):
         cells = self.poet.heads(memory[None])[0]
         with torch.autocast(memory.device.type, enabled=False): return self.losses(logits, cells, targets, torch.tensor([H, W]), grid, num_people, num_images)
 
-    def losses(self, logits:Tensor, cells:dict, targets:list, batch_size:Tensor, grid:tuple, num_people=None, num_images=None)->dict:
-        "Heatmap logits (B, K, H, W) and the heads' answers (B, S, ...) of all cells -> losses."
+    def losses(self,
+        logits:Tensor,     # (B, K, 4H', 4W') of the heatmaps
+        cells:dict,        # the heads' answers, (B, G, ...) each
+        targets:list,      # B target dicts, fractions of the unpadded image
+        batch_size:Tensor, # (2,) (height, width) of the padded batch, pixels
+        grid:tuple,        # (B, H', W')
+        num_people=None,   # people to divide by; None: those of the batch
+        num_images=None,   # images likewise
+    )->dict: # "loss" and its parts, unweighted
+        "Compare answers with people."
         device = logits.device
         joints, seen, index = (t.to(device) for t in joint_list(targets, batch_size, self.loss.visible))
         people = (len(joints) if num_people is None else num_people) or 1

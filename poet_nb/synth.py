@@ -276,7 +276,7 @@ def paint_pattern(
     outline:np.ndarray, # (V, 1, 2) int32 fixed point, convex
     color:tuple,        # RGB of the stripes
     start:np.ndarray,   # (2,) where the pattern starts, pixels
-    axis:np.ndarray,    # (2,) across the stripes, periods a pixel
+    axis:np.ndarray,    # (2,) across the stripes, periods per pixel
     cross:np.ndarray|None=None, # (2,) the second direction of checks
 )->None:
     "Stripes or checks inside an outline."

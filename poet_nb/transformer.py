@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 # %% ../nbs/12_transformer.ipynb #77e16c65
 def drop(
-    x:Tensor,
+    x:Tensor,   # of any shape
     prob:float, # share of the elements that becomes 0, in [0, 1]
-)->Tensor: # the others are divided by 1 - prob
+)->Tensor: # of the same shape; the others are divided by 1 - prob
     "Dropout in training, with cheap random bits on a CPU."
     if prob == 0: return x
     cut = round(prob * 65536)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < cut < 65536: return F.dropout(x, prob)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
-    return x * torch.ge(bits, cut - 32768, out=torch.empty(x.shape, dtype=x.dtype)).mul_(65536 / (65536 - cut))
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)        # 64 random bits each
+    bits = draws.view(torch.int16)[:x.numel()].view(x.shape)                                # four int16 of each, uniform in [-32768, 32767]
+    kept = torch.ge(bits, cut - 32768, out=torch.empty(x.shape, dtype=x.dtype))             # 1.0 for 65536 - cut of the 65536 values, else 0.0
+    return x * kept.mul_(65536 / (65536 - cut))
 
 # %% ../nbs/12_transformer.ipynb #3b48b0e1
 class Dropout(nn.Dropout):
@@ -28,14 +30,14 @@ class Dropout(nn.Dropout):
 
 # %% ../nbs/12_transformer.ipynb #96d00b0d
 def attend(
-    q:Tensor,                # (B, T, d)
-    k:Tensor,                # (B, S, d)
-    v:Tensor,                # (B, S, d)
+    q:Tensor,                # (B, R, d) of R rows that look: cells or queries
+    k:Tensor,                # (B, G, d) of G places that are looked at: cells, or the queries among themselves
+    v:Tensor,                # (B, G, d) what is to be had there
     nheads:int,              # h, divides d
-    padding:Tensor|None=None,# (B, S) bool, True = not to be looked at
+    padding:Tensor|None=None,# (B, G) bool, True = not to be looked at
     dropout:float=0.,        # on the weights
     need_weights:bool=False, # also give the weights (slow path)
-)->tuple[Tensor, Tensor|None]: # (B, T, d); weights (B, h, T, S) or None
+)->tuple[Tensor, Tensor|None]: # (B, R, d); weights (B, h, R, G) or None
     "Multi-head scaled dot-product attention of projected inputs."
     q, k, v = (x.unflatten(-1, (nheads, -1)).transpose(1, 2) for x in (q, k, v))
     look = None if padding is None else ~padding[:, None, None, :]
@@ -60,7 +62,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, hidden_dim)
         nn.init.xavier_uniform_(self.in_proj_weight); nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query:Tensor, key:Tensor, value:Tensor, padding=None, need_weights=False):
+    def forward(self,
+        query:Tensor,            # (B, R, d) of R rows that look, with their positions
+        key:Tensor,              # (B, G, d) of G places, with theirs; the same tensor as `query` where rows look at each other
+        value:Tensor,            # (B, G, d) of the same places, as a rule without positions
+        padding:Tensor|None=None,# (B, G) bool, True = not to be looked at
+        need_weights:bool=False, # also give the weights
+    )->tuple[Tensor, Tensor|None]: # (B, R, d); weights (B, h, R, G) or None
+        "Project, attend, project back."
         d = query.shape[-1]
         if query is key:
             (w_qk, w_v), (b_qk, b_v) = self.in_proj_weight.split([2*d, d]), self.in_proj_bias.split([2*d, d])
@@ -88,7 +97,13 @@ class EncoderLayer(FeedForward):
         self._make_ffn(hidden_dim, dim_feedforward, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
 
-    def forward(self, x:Tensor, positions:Tensor, padding=None, need_weights=False):
+    def forward(self,
+        x:Tensor,                # (B, G, d) contents of the cells
+        positions:Tensor,        # (B, G, d) their position codes
+        padding:Tensor|None=None,# (B, G) bool, True = not to be looked at
+        need_weights:bool=False, # also give the weights
+    )->tuple[Tensor, Tensor|None]: # (B, G, d); weights (B, h, G, G) or None
+        "Let every cell look at all cells, then work on each by itself."
         placed = x + positions
         y, weights = self.self_attn(placed, placed, x, padding, need_weights)
         x = self.norm1(x + self.dropout(y))
@@ -104,7 +119,16 @@ class DecoderLayer(FeedForward):
         self._make_ffn(hidden_dim, dim_feedforward, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden_dim) for _ in range(3))
 
-    def forward(self, x:Tensor, queries:Tensor, memory:Tensor, placed_memory:Tensor, padding=None, groups:int=1, need_weights=False):
+    def forward(self,
+        x:Tensor,                # (B, N, d) states of the queries
+        queries:Tensor,          # (B, N, d) the learned vectors: what a position is for a cell, they are for a query
+        memory:Tensor,           # (B, G, d) cells, from the encoder
+        placed_memory:Tensor,    # (B, G, d) the same with their positions
+        padding:Tensor|None=None,# (B, G) bool, True = not to be looked at
+        groups:int=1,            # sets of queries that do not see each other; divides N
+        need_weights:bool=False, # also give the weights of the look at the image
+    )->tuple[Tensor, Tensor|None]: # (B, N, d); weights (B, h, N, G) or None
+        "Let the queries of a group look at each other, then each at the image, then work on each by itself."
         placed = x + queries
         grouped = lambda t: t.reshape(-1, t.shape[1] // groups, t.shape[2])
         placed_groups = grouped(placed)
@@ -136,7 +160,7 @@ class Transformer(nn.Module):
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
     def encode(self, source:Tensor, positions:Tensor, padding=None, need_weights=False):
-        "(B, S, d) cells -> (B, S, d) memory, and the weights of each layer."
+        "(B, G, d) cells -> (B, G, d) memory, and the weights of each layer: (B, h, G, G), or None without `need_weights`."
         if self.at_input: source = source + positions
         if not self.at_layers: positions = torch.zeros_like(positions)
         seen = []
@@ -145,7 +169,7 @@ class Transformer(nn.Module):
         return source, seen
 
     def decode(self, memory:Tensor, positions:Tensor, queries:Tensor, padding=None, groups:int=1, need_weights=False):
-        "(B, S, d) memory, (N, d) queries -> (L, B, N, d) states after each layer, and the weights of each layer."
+        "(B, G, d) memory, (N, d) queries -> (L, B, N, d) states after each layer, and the weights of each layer: (B, h, N, G), or None without `need_weights`."
         queries = queries.expand(memory.shape[0], -1, -1)
         x, placed, states, seen = torch.zeros_like(queries), memory + positions if self.at_layers else memory, [], []
         for layer in self.decoder["layers"]:
@@ -154,7 +178,7 @@ class Transformer(nn.Module):
         return self.decoder["norm"](torch.stack(states)), seen
 
     def forward(self, source:Tensor, positions:Tensor, queries:Tensor, padding=None, groups:int=1, need_weights=False):
-        "(L, B, N, d) states; with `need_weights` also (Le, B, h, S, S) and (L, B, h, N, S) attention weights."
+        "(L, B, N, d) states; with `need_weights` also (Le, B, h, G, G) of Le encoder layers and (L, B, h, N, G) attention weights."
         memory, enc = self.encode(source, positions, padding, need_weights)
         decoded, dec = self.decode(memory, positions, queries, padding, groups, need_weights)
         return (decoded, torch.stack(enc), torch.stack(dec)) if need_weights else decoded

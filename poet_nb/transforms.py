@@ -7,14 +7,16 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'Plan', 'is_plain', 'stays_inside', 'resize_pixels', 'shrink_first', 'warp_indices', 'warp_pixels',
            'drop_cells', 'warp_image', 'warp_points', 'leave_image', 'warp_boxes', 'has_area', 'keep_people',
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
-           'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'Fused', 'to_fractions',
-           'posed_to_fractions', 'last_step', 'train_transforms', 'smaller', 'eval_transforms', 'NestedTensor',
-           'batch_size', 'new_batch', 'pad_images', 'collate', 'one_thread', 'normalize']
+           'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'RandomColor', 'RandomBlur',
+           'check_step', 'Fused', 'to_fractions', 'posed_to_fractions', 'last_step', 'train_transforms', 'smaller',
+           'eval_transforms', 'NestedTensor', 'batch_size', 'new_batch', 'pad_images', 'collate', 'one_thread',
+           'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from .config import ConfigError, DataConfig, DataError
 from .keypoints import Skeleton
@@ -43,10 +46,13 @@ def shift_matrix(
 
 # %% ../nbs/05_transforms.ipynb #78ca1e9a
 def flip_matrix(
-    width:int, # pixels
+    side:int, # width or height, pixels
+    axis:int=0, # 0: left and right, 1: top and bottom
 )->np.ndarray: # (3, 3)
-    "The map that mirrors left and right: a position x goes to width - x."
-    return np.array([[-1., 0., width], [0., 1., 0.], [0., 0., 1.]])
+    "The map that mirrors an image: a position x goes to width - x, or y to height - y."
+    matrix = np.eye(3)
+    matrix[axis, axis], matrix[axis, 2] = -1., side
+    return matrix
 
 # %% ../nbs/05_transforms.ipynb #e0813fd0
 def rotation_matrix(
@@ -66,6 +72,7 @@ class Plan:
     matrix: np.ndarray                # (3, 3) affine map, positions in the image that went in -> positions in the one that comes out
     order: tuple[int, ...]|None=None  # joint k of the outcome is joint order[k] of the input; None: as they were
     dropped: tuple = ()               # (cells (rows, columns, 3) uint8 0 or 255, matrix from cells to the input image), one per dropout
+    pixels: tuple = ()                # functions (3, H, W) uint8 -> (3, H, W) uint8, called after the warp
 
     def move(self,
         matrix:np.ndarray, # (3, 3) affine map that follows all that is planned
@@ -170,6 +177,7 @@ def warp_image(
     warped = warp_pixels(pixels, plan.matrix, plan.size)
     for cells, matrix in plan.dropped: warped = drop_cells(warped, cells, plan.matrix @ matrix)
     out = torch.from_numpy(warped).permute(2, 0, 1)
+    for change in plan.pixels: out = change(out)
     return tv_tensors.wrap(out, like=image) if isinstance(image, tv_tensors.Image) else out
 
 # %% ../nbs/05_transforms.ipynb #da03d078
@@ -214,7 +222,7 @@ def has_area(
     return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 # %% ../nbs/05_transforms.ipynb #ee3bf783
-PER_PERSON = ("labels", "keypoints", "visibility", "area", "boxes", "iscrowd") # fields with one entry a person
+PER_PERSON = ("labels", "keypoints", "visibility", "area", "boxes", "iscrowd") # fields with one entry per person
 
 def keep_people(
     target:dict, # a target of P people
@@ -273,13 +281,28 @@ def image_generator(
 
 # %% ../nbs/05_transforms.ipynb #2dc2b2bc
 class Step:
-    "A step of augmentation: `plan` decides what to do, calling the step does it."
+    "A step of augmentation: `plan` decides what becomes of the geometry, `pixels` changes colours after the warp, calling the step does both."
     def plan(self,
         plan:Plan, # what the steps before have planned
         generator:torch.Generator|None=None, # None: torch's global one
     )->Plan:
-        "Draw the step's random numbers and put what they say behind the plan."
-        raise NotImplementedError
+        "Draw the step's random numbers and put what they say behind the plan. A step of colours leaves it as it is."
+        return plan
+
+    def pixels(self,
+        image:Tensor, # (3, H, W) uint8, after the warp
+        generator:torch.Generator|None=None, # None: torch's global one
+    )->Tensor: # (3, H, W) uint8
+        "Draw random numbers and change the colours. A step of geometry leaves them as they are."
+        return image
+
+    def extend(self,
+        plan:Plan, # what the steps before have planned
+        generator:torch.Generator|None=None, # None: torch's global one
+    )->Plan:
+        "`plan`, and a note that `pixels` is to be called, where the step has one of its own."
+        plan = self.plan(plan, generator)
+        return plan if type(self).pixels is Step.pixels else replace(plan, pixels=(*plan.pixels, partial(self.pixels, generator=generator)))
 
     def __call__(self,
         image:Tensor, # (3, H, W) uint8
@@ -287,23 +310,25 @@ class Step:
         generator:torch.Generator|None=None, # None: torch's global one
     )->tuple[Tensor, dict]:
         "Draw, then warp the image and its people."
-        plan = self.plan(Plan(tuple(image.shape[-2:]), np.eye(3)), generator)
+        plan = self.extend(Plan(tuple(image.shape[-2:]), np.eye(3)), generator)
         return warp_image(image, plan), warp_target(target, plan)
 
 # %% ../nbs/05_transforms.ipynb #2b33305d
 class RandomFlip(Step):
-    "Mirror left and right, and exchange the left and the right joints."
+    "Mirror left and right, or top and bottom, and exchange the left and the right joints."
     def __init__(self,
         skeleton:Skeleton, # says which joints exchange
         prob:float=0.5, # chance to flip
+        vertical:bool=False, # top and bottom
     ):
-        self.permutation, self.prob = tuple(skeleton.flip_permutation), prob
+        self.permutation, self.prob, self.vertical = tuple(skeleton.flip_permutation), prob, vertical
 
     def plan(self, plan, generator=None):
         "One draw: flip or not."
         if uniform(0, 1, generator) >= self.prob: return plan
         order = self.permutation if plan.order is None else tuple(plan.order[k] for k in self.permutation)
-        return replace(plan.move(flip_matrix(plan.size[1])), order=order)
+        flip = flip_matrix(plan.size[0], 1) if self.vertical else flip_matrix(plan.size[1])
+        return replace(plan.move(flip), order=order)
 
 # %% ../nbs/05_transforms.ipynb #b32e07a4
 class RandomRotation(Step):
@@ -399,7 +424,49 @@ class RandomZoom(Step):
         height, width = plan.size
         return plan.move(shift_matrix(width * (.5 + right), height * (.5 + down)) @ np.diag([factor, factor, 1.]) @ shift_matrix(-width / 2, -height / 2))
 
+# %% ../nbs/05_transforms.ipynb #19e79588
+class RandomColor(Step):
+    "Brightness, contrast and saturation, each times a factor of its own."
+    def __init__(self,
+        brightness:float=0., # largest distance of the factor from 1, in [0, 1]; 0: unchanged, and nothing drawn
+        contrast:float=0., # likewise
+        saturation:float=0., # likewise
+    ):
+        ranges = {F.adjust_brightness: brightness, F.adjust_contrast: contrast, F.adjust_saturation: saturation}
+        if not all(0 <= x <= 1 for x in ranges.values()): raise ConfigError(f"brightness {brightness}, contrast {contrast}, saturation {saturation}: give numbers from 0 to 1")
+        self.ranges = {change: x for change, x in ranges.items() if x}
+
+    def pixels(self, image, generator=None):
+        "One draw for each that is not 0."
+        for change, x in self.ranges.items(): image = change(image, uniform(1 - x, 1 + x, generator))
+        return image
+
+# %% ../nbs/05_transforms.ipynb #cb8c72ee
+class RandomBlur(Step):
+    "Blur by a Gaussian of random width."
+    def __init__(self,
+        sigma:float=1., # largest standard deviation, pixels of the image after the warp
+    ):
+        self.sigma = sigma
+
+    def pixels(self, image, generator=None):
+        "One draw: the standard deviation."
+        blurred = cv2.GaussianBlur(image.permute(1, 2, 0).numpy(), (0, 0), max(uniform(0, self.sigma, generator), 1e-6))
+        return torch.from_numpy(blurred).permute(2, 0, 1)
+
 # %% ../nbs/05_transforms.ipynb #a5213ab7
+def check_step(
+    step, # what is to become a part of `Fused`
+)->None:
+    "Raises: ConfigError for what `Fused` would never call."
+    name = type(step).__name__
+    if not isinstance(step, Step):
+        raise ConfigError(f"{name}: Fused takes steps of this library only, whose random numbers come from a generator; take RandomColor, derive a class from Step, or put both into v2.Compose")
+    own = lambda method: getattr(type(step), method) is not getattr(Step, method)
+    if not own("plan") and not own("pixels"): raise ConfigError(f"{name}: has neither a plan nor pixels, so Fused would do nothing with it; write plan for geometry, or pixels for colours")
+    if own("__call__") and type(step).__call__ is not Fused.__call__: raise ConfigError(f"{name}: Fused calls plan and pixels of a step, never __call__; move what is in there to one of the two")
+    if getattr(step, "finish", None): raise ConfigError(f"{name}: only the outermost Fused can have a finish; give it to that one")
+
 class Fused(Step):
     "Several steps with one warp, all of them or none."
     def __init__(self,
@@ -407,12 +474,13 @@ class Fused(Step):
         prob:float=1., # chance to do them (no draw when 1)
         finish:Callable|None=None, # last thing to do with (image, target), after the warp
     ):
+        for step in steps: check_step(step)
         self.steps, self.prob, self.finish = list(steps), prob, finish
 
     def plan(self, plan, generator=None):
         "Let every step plan in turn."
         if self.prob < 1 and uniform(0, 1, generator) >= self.prob: return plan
-        for step in self.steps: plan = step.plan(plan, generator)
+        for step in self.steps: plan = step.extend(plan, generator)
         return plan
 
     def __call__(self, image, target, generator=None):
@@ -458,7 +526,10 @@ def train_transforms(
     crop = Fused([RandomResize(config.crop_resize), RandomCrop(config.crop_size)], config.crop_prob)
     steps = [RandomFlip(skeleton, config.flip_prob), RandomRotation(config.rotation_degrees, config.rotation_prob),
              CoarseDropout(config.dropout_prob), crop, RandomResize(config.scales, config.max_size)]
+    if config.flip_vertical_prob: steps.insert(1, RandomFlip(skeleton, config.flip_vertical_prob, vertical=True))
     if (config.affine_scale, config.affine_shift) != ((1., 1.), 0.): steps.append(RandomZoom(config.affine_scale, config.affine_shift))
+    if config.blur: steps.append(RandomBlur(config.blur))
+    if config.brightness or config.contrast or config.saturation: steps.append(RandomColor(config.brightness, config.contrast, config.saturation))
     return Fused(steps, finish=last_step(config))
 
 # %% ../nbs/05_transforms.ipynb #7b7946ae
@@ -467,7 +538,8 @@ def smaller(
 )->DataConfig:
     "The sizes of the first epochs: all that training has in pixels, times `small_share`."
     fit = lambda v: tuple(map(fit, v)) if isinstance(v, tuple) else max(round(v * config.small_share), 1)
-    return replace(config, scales=fit(config.scales), max_size=fit(config.max_size), crop_resize=fit(config.crop_resize), crop_size=fit(config.crop_size))
+    sizes = {name: fit(getattr(config, name)) for name in ("scales", "max_size", "crop_resize", "crop_size")}
+    return replace(config, **sizes, blur=config.blur * config.small_share)
 
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(

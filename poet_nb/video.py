@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIDEO_SUFFIXES', 'WEBCAM', 'pyav', 'open_video', 'is_video', 'upright', 'VideoFacts', 'video_facts', 'Frame', 'ticks',
-           'read_video', 'AudioCopy', 'add_h264', 'VideoWriter', 'read_webcam', 'predict_frames', 'annotate_video']
+           'read_video', 'AudioCopy', 'add_h264', 'VideoWriter', 'read_webcam', 'predict_frames', 'Track',
+           'pose_similarity', 'Tracker', 'annotate_video']
 
 # %% ../nbs/32a_video.ipynb #f2ea47b8
 import math, time, warnings
@@ -21,11 +22,13 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from .config import DataError, PoetError
-from .keypoints import COCO_PERSON, Skeleton
-from .plot import overlay_poses
-from .predict import IMAGE_SUFFIXES, PredictOptions, stream_predictions
+from .keypoints import COCO_PERSON, Skeleton, oks
+from .plot import overlay_poses, person_color
+from .predict import IMAGE_SUFFIXES, PredictOptions, skeleton_of, stream_predictions
 
 # %% ../nbs/32a_video.ipynb #23fcd7bd
 def pyav():
@@ -284,6 +287,63 @@ def predict_frames(
             yield frame.image
     for *_, found in stream_predictions(model, images(), options, window=options.batch_size): yield waiting.popleft(), found
 
+# %% ../nbs/32a_video.ipynb #e349a23f
+@dataclass
+class Track:
+    "Somebody who is followed."
+    number:int   # from 1
+    label:int    # class
+    pose:Tensor  # (K, 3) where last seen, pixels, and visibility
+    speed:Tensor # (2,) of the mean of the joints, pixels per frame
+    age:int = 0  # frames since then
+
+def pose_similarity(
+    before:Tensor, # (T, K, 3) expected poses, pixels, and visibility
+    after:Tensor,  # (N, K, 3) poses of the new frame
+    sigmas,        # (K,) OKS sigmas
+)->Tensor: # (T, N) in [0, 1]
+    "OKS of all pairs, with the extent of the expected pose in place of an area."
+    seen = before[..., 2] >= .5
+    seen = (seen | ~seen.any(-1, keepdim=True))[..., None]
+    side = (before[..., :2].where(seen, -torch.inf).amax(-2) - before[..., :2].where(seen, torch.inf).amin(-2)).amax(-1).clamp(min=1)
+    return oks(after[None, ..., :2], before[:, None, :, :2], seen[:, None, :, 0].long(), side[:, None]**2 / 4, sigmas)
+
+# %% ../nbs/32a_video.ipynb #f335b912
+class Tracker:
+    "Numbers people so that they keep their number from frame to frame; called with the prediction of each frame in turn."
+    def __init__(self,
+        sigmas,         # (K,) OKS sigmas
+        memory:int=25,  # frames for which somebody who is lost is waited for
+        least:float=.1, # OKS from which two poses may be of one person
+    ):
+        self.sigmas, self.memory, self.least, self.tracks, self.count = sigmas, memory, least, [], 0
+
+    def link(self, poses:Tensor, labels:Tensor)->list[tuple[Track, int]]:
+        "Tracks, and which of the N poses are theirs."
+        if not self.tracks or not len(poses): return []
+        expected = torch.stack([t.pose for t in self.tracks])
+        expected[..., :2] += torch.stack([t.speed * t.age for t in self.tracks])[:, None]
+        similarity = pose_similarity(expected, poses, self.sigmas)
+        other = torch.tensor([t.label for t in self.tracks])[:, None] != labels
+        similarity[other | (similarity < self.least)] = 0
+        return [(self.tracks[i], j) for i, j in zip(*linear_sum_assignment(similarity.numpy(), maximize=True)) if similarity[i, j] > 0]
+
+    def __call__(self,
+        found:dict, # scores (N,), labels (N,), keypoints (N, K, 3); nobody's too, so that time goes on
+    )->dict: # the same, with tracks (N,)
+        "Number the people of the next frame."
+        poses, labels = found["keypoints"].detach().cpu().double(), found["labels"].cpu()
+        if poses.shape[1] != len(self.sigmas): raise PoetError(f"poses have {poses.shape[1]} joints, and there are {len(self.sigmas)} sigmas to follow them by; give the skeleton of the poses")
+        for track in self.tracks: track.age += 1
+        self.tracks, numbers = [t for t in self.tracks if t.age <= self.memory], [0] * len(poses)
+        for track, j in self.link(poses, labels):
+            track.speed += .2 * ((poses[j] - track.pose)[:, :2].mean(0) / track.age - track.speed)
+            track.pose, track.age, numbers[j] = poses[j], 0, track.number
+        for j in [j for j, number in enumerate(numbers) if not number]:
+            self.count = numbers[j] = self.count + 1
+            self.tracks.append(Track(self.count, int(labels[j]), poses[j], torch.zeros(2, dtype=torch.float64)))
+        return found | dict(tracks=torch.tensor(numbers, dtype=torch.int64))
+
 # %% ../nbs/32a_video.ipynb #8bec66bd
 def annotate_video(
     model:torch.nn.Module,  # a Poet
@@ -291,15 +351,19 @@ def annotate_video(
     facts:VideoFacts,       # of `video_facts`, or `WEBCAM`
     out:str|Path|None,      # MP4 file to write; None: none
     options:PredictOptions=PredictOptions(), # threshold, batch size, ...
-    skeleton:Skeleton=COCO_PERSON,           # gives the limbs
+    skeleton:Skeleton|None=None,             # gives the limbs; None: the model's, of an unknown one COCO's person
     each:Callable|None=None,                 # called with each frame and its prediction
     max_frames:int|None=None,                # stop after so many
+    track:bool=True,                         # follow people: a prediction has tracks (N,), and a track its colour; False: colours by score
 )->int: # frames done
     "Draw the poses into a video."
-    done = 0
+    done, skeleton = 0, skeleton or skeleton_of(model) or COCO_PERSON
     with VideoWriter(out, facts) if out is not None else nullcontext() as writer:
+        follow = Tracker(skeleton.sigmas) if track else dict
         for frame, found in predict_frames(model, islice(frames, max_frames), options):
-            if writer: writer.write(overlay_poses(frame.image, found["keypoints"], skeleton, found["scores"], threshold=.5), frame.pts)
+            found = follow(found)
+            colors = [person_color(n - 1) for n in found["tracks"].tolist()] if track else None
+            if writer: writer.write(overlay_poses(frame.image, found["keypoints"], skeleton, found["scores"], colors, threshold=.5), frame.pts)
             if each: each(frame, found)
             done += 1
         if writer: writer.cut = done == max_frames

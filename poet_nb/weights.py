@@ -98,7 +98,7 @@ def read_options(
     if isinstance(options.get("dilation"), bool): told["stride"] = 16 if options["dilation"] else 32
     if isinstance(last, bool) and isinstance(before, bool):
         if before and not last: raise CheckpointError(f"{where}: args.dilation4 is True and args.dilation5 is not; here the last stage is dilated first")
-        told["stride"] = 32 >> last + before
+        told["stride"] = 32 >> (int(last) + int(before)) # each dilated stage halves it
     if type(options.get("nheads")) is int: told["nheads"] = options["nheads"]
     return told
 
@@ -240,7 +240,7 @@ def hub_folder(
 def categories_beside(
     path:str|Path, # file of weights
     config:Config, # of the model
-)->list[dict]|None: # COCO categories, one a label; None: the folder does not tell
+)->list[dict]|None: # COCO categories, one per label; None: the folder does not tell
     "What a model predicts, from the skeleton.json beside its weights. Raises: DataError."
     file, m = Path(path).parent/"skeleton.json", config.model
     if not file.is_file(): return None
@@ -355,11 +355,11 @@ def poet_from(
 # %% ../nbs/14_weights.ipynb #166de428
 def transplant(
     donor:Poet,
-    model:Poet,              # of the same configuration but for joints and classes; changed in place
+    model:Poet,              # of the same configuration but for joints, classes and queries; changed in place
     old:tuple[str, ...]=(),  # the donor's joints; () unknown: those of the model if there are as many
     new:tuple[str, ...]=(),  # the model's joints
 )->list[str]: # what stays as it is in the model, in words
-    "Take over all weights but those of other joints and classes. Raises: CheckpointError."
+    "Take over all weights but those of other joints, classes and further queries. Raises: CheckpointError."
     state, own, (a, b) = donor.state_dict(), model.state_dict(), (donor.config.model, model.config.model)
     pairs = {k: old.index(n) for k, n in enumerate(new) if n in old} if old and new else {k: k for k in range(b.num_keypoints) if a.num_keypoints == b.num_keypoints}
     fresh, told = [k for k in range(b.num_keypoints) if k not in pairs], []
@@ -372,6 +372,9 @@ def transplant(
     if a.num_classes != b.num_classes:
         state = {k: v for k, v in state.items() if not k.startswith(("class_embed.", "unposed_embed."))} | {k: v for k, v in own.items() if k.startswith("class_embed.")}
         told.append(f"class head: {b.num_classes} classes instead of {a.num_classes}")
+    name, n = "query_embed.weight", min(len(state["query_embed.weight"]), len(own["query_embed.weight"]))
+    if len(state[name]) != len(own[name]): told.append(f"queries: the first {n} of {len(state[name])} are taken over, {len(own[name]) - n} are new")
+    state[name] = torch.cat([state[name][:n], own[name][n:].to(state[name])])
     fit_state(model, state, "weights of a model with other heads")
     return told
 
@@ -385,13 +388,17 @@ def start_from(
     path, m = find_weights(source, config.model.stride), config.model
     theirs = state_of(read_weights(path), path)
     state = translate(theirs)[0]
-    pose, logits = state.get("kpt_embed.layers.2.bias"), state.get("class_embed.bias")
-    if m.method != "poet" or pose is None or logits is None or len(pose) < 5: return poet_from(path, config), []
-    K, C = (len(pose) - 2) // 3, 1 if layout(theirs) == "official" else len(logits) - 1
-    donor = poet_from(path, override(config, **{"model.num_keypoints": K, "model.num_classes": C}))
+    pose, logits, queries = (state.get(name) for name in ("kpt_embed.layers.2.bias", "class_embed.bias", "query_embed.weight"))
+    if m.method != "poet" or pose is None or logits is None or queries is None or len(pose) < 5: return poet_from(path, config), []
+    K, C, N = (len(pose) - 2) // 3, 1 if layout(theirs) == "official" else len(logits) - 1, len(queries)
+    alike = N == m.num_queries * m.query_groups
+    donor = poet_from(path, override(config, **{"model.num_keypoints": K, "model.num_classes": C} | ({} if alike else {"model.num_queries": N, "model.query_groups": 1})))
     known = getattr(donor, "categories", None)
     old = tuple(known[0]["keypoints"]) if known else PERSON_KEYPOINTS if K == len(PERSON_KEYPOINTS) else ()
     new = tuple(categories[0]["keypoints"]) if categories else ()
-    if (K, C) == (m.num_keypoints, m.num_classes) and (old == new or not old or not new): return donor, []
+    if not known and layout(theirs) == "poet" and new and new != old and (old or len(new) == K):
+        warnings.warn(f"{path}: no skeleton.json beside it names its {K} joints, so " + ("they count as those of COCO's person" if old else f"joint 1 becomes joint 1 ({new[0]}), and so on in their order") +
+                      ": copy the skeleton.json of its run there if they are others")
+    if alike and (K, C) == (m.num_keypoints, m.num_classes) and (old == new or not old or not new): return donor, []
     model = new_network(config)
     return model.eval(), transplant(donor, model, old, new)

@@ -15,11 +15,11 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from poet_nb.analysis import (QUADRANTS, ap_by_layer, auc, bootstrap_interval, calibration_error, calibration_table, match_people, people_of,
-                              quadrant_shares, run_layers, saturation_layer, visibility_quantiles)
+                              quadrant_shares, rank_images, run_layers, saturation_layer, visibility_quantiles)
 from poet_nb.coco import open_coco
 from poet_nb.coco_eval import load_ground_truth
 from poet_nb.config import DataConfig, DataError, LossConfig, ModelConfig, NonFiniteError, PoetError, preset, replace
-from poet_nb.plot_analysis import plot_centers, plot_decoder_layers, plot_visibility, symmetric_limit, violin_outline
+from poet_nb.plot_analysis import plot_centers, plot_decoder_layers, plot_stride, plot_visibility, symmetric_limit, violin_outline
 from poet_nb.poet import build_poet
 
 SIGMAS = (.1,) * 4
@@ -248,3 +248,28 @@ def test_a_direction_cannot_come_from_the_axes():
 def test_violins_lose_nothing_at_the_ends(values):
     place, density = violin_outline(values)
     assert np.isclose(density.mean(), 1) and (density >= 0).all() and 0 < place[0] < place[-1] < 1
+
+
+# ---- images by quality
+
+def test_images_are_ranked_by_what_is_right_missed_and_false():
+    images = [dict(id=i, width=200, height=60) for i in range(1, 6)]
+    people = [kite(1, 1, 30, 30), kite(2, 1, 120, 30), kite(3, 2, 30, 30), kite(4, 3, 30, 30), kite(5, 4, 30, 30), kite(6, 4, 90, 30, iscrowd=1), kite(7, 5, 30, 30)]
+    truth = load_ground_truth(dict(images=images, annotations=people, categories=[KITE]), SIGMAS)
+    shown = lambda image, x, score: dict(image_id=image, category_id=1, keypoints=kite(0, image, x, 30)["keypoints"], score=score)
+    results = [shown(1, 30, .9), shown(1, 120, .8), shown(2, 30, .9), shown(2, 150, .8), shown(3, 150, .95), shown(4, 30, .9)]
+    table, rows = rank_images(truth, results, [1, 2, 3, 4, 5])
+    assert table["quality"].to_dict() == {1: 1, 4: 1, 2: .5, 5: 0, 3: 0}                                # of those that score 0 the surest is the last
+    assert list(table.index) == [4, 1, 2, 5, 3] or list(table.index) == [1, 4, 2, 5, 3]
+    assert list(table.index[-2:]) == [5, 3]
+    assert table.loc[2, ["people", "found", "shown", "false"]].tolist() == [1, 1, 2, 1] and table.loc[5, ["people", "found", "shown", "false"]].tolist() == [1, 0, 0, 0]
+    assert table["clear"].to_dict() == {1: True, 2: True, 3: True, 4: False, 5: True}
+    assert len(rows) == 6 and rows["matched"].sum() == 4
+    assert list(rank_images(truth, results, [2, 3])[0].index) == [2, 3]
+
+
+def test_each_panel_of_figure_1_has_its_own_scale():
+    fig = plot_stride({"AE": {4: .5}}, {"POET": {16: [.1, .12]}}, {"64 px": {4: .9, 8: .1}, "128 px": {4: 1., 8: .8}})
+    assert [round(ax.get_ylim()[1], 2) for ax in fig.axes] == [.56, .13, 1.12]
+    assert [line.get_label() for line in fig.axes[2].lines] == ["64 px", "128 px"]
+    assert len(plot_stride({"AE": {4: .5}}, {}).axes) == 2

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from poet_nb.attention import (Observation, attention_share, box_coverage, cells_at, cells_near_joints, decoder_maps, encoder_locality,
-                               encoder_maps, joint_indices, likely_people, matching_costs, observe, trim_maps, upsample_maps)
+                               encoder_maps, joint_groups, joint_indices, likely_people, matching_costs, observe, people_attention, trim_maps, upsample_maps)
 from poet_nb.config import DataConfig, LossConfig, ModelConfig, PoetError, preset, replace
 from poet_nb.keypoints import COCO_PERSON, Skeleton
 from poet_nb.matcher import HungarianMatcher
@@ -281,3 +281,58 @@ def test_the_window_has_the_points_in_it_and_the_shape_asked_for(points, aspect)
     x0, y0, x1, y1 = window_around(points, aspect, size=(90, 50))
     assert (x1 - x0) / (y1 - y0) == pytest.approx(aspect)
     assert ((points >= [x0 - 1e-6, y0 - 1e-6]) & (points <= [x1 + 1e-6, y1 + 1e-6])).all()
+
+
+# ---- many people
+
+PAIRED = Skeleton("paired", ("snout", "left_fin", "right_fin", "tail"), ((0, 3),), ((1, 2),), (.1,) * 4)
+
+
+def scene(size, boxes, image_id, seed=0, flags=2):
+    "An image and its people, with joints spread over their boxes."
+    height, width = size
+    boxes = torch.tensor(boxes).float().reshape(-1, 4)
+    at = torch.tensor([[.5, .1], [.1, .5], [.9, .5], [.5, .9]])
+    keypoints = boxes[:, None, :2] + at * (boxes[:, None, 2:] - boxes[:, None, :2])
+    image = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+    return image, dict(boxes=boxes, keypoints=keypoints, visibility=torch.full((len(boxes), 4), flags), labels=torch.zeros(len(boxes), dtype=torch.int64), image_id=torch.tensor(image_id))
+
+
+def test_groups_of_joints():
+    assert joint_groups(PAIRED) == {"head": [0], "fin": [1, 2], "tail": [3]}
+    assert list(joint_groups(COCO_PERSON)) == ["head", "shoulder", "elbow", "wrist", "hip", "knee", "ankle"]
+    names = ("front_left_paw", "front_right_paw", "back_left_paw", "back_right_paw")
+    groups = joint_groups(Skeleton("paws", names, (), ((0, 1), (2, 3)), (.1,) * 4))
+    assert groups == {"front_paw": [0, 1], "back_paw": [2, 3]}
+
+
+def test_attention_of_people_is_that_of_each_image(model):
+    "Boxes lie over the next image, the last image's over the first; an image without people holds boxes and has no row."
+    scenes = [scene((60, 110), [[5, 5, 50, 50], [60, 20, 100, 58]], 7), scene((80, 64), [], 8, 1), scene((64, 64), [[0, 0, 64, 64]], 9, 2)]
+    found = people_attention(model, iter(scenes), joint_groups(PAIRED))
+    assert found.image_ids.tolist() == [7, 7, 9] and found.groups == ("head", "fin", "tail") and found.at.shape == (3, 3) and found.inside.shape == (3, 2)
+    for rows, here, there in (((0, 1), 0, 1), ((2,), 2, 0)):
+        (one, target), other = (observe(model, scenes[here][0]), scenes[here][1]), observe(model, scenes[there][0])
+        inside, share = encoder_locality(one, target["boxes"])
+        fractions = target["boxes"] / torch.tensor(one.size[::-1]).repeat(2)
+        held, part = encoder_locality(other, fractions * torch.tensor(other.size[::-1]).repeat(2))
+        np.testing.assert_allclose(found.inside[list(rows)], inside.T, atol=1e-4)
+        np.testing.assert_allclose(found.own[list(rows)], (inside - share).T, atol=1e-4)
+        np.testing.assert_allclose(found.elsewhere[list(rows)], (held - part).T, atol=1e-4)
+    assert abs(found.inside[2] - 1).max() < 1e-4, "a box as large as the image is never left"
+    assert np.nanmax(np.abs(found.beyond[2] - (found.at[2] - found.uniform[2]))) < 1e-4, "with the whole image as box, beyond the box is beyond the image"
+
+
+def test_people_without_query_or_joint_are_not_counted(model):
+    crowd = scene((64, 64), [[4 * i, 0, 4 * i + 30, 60] for i in range(8)], 1)                     # more people than the 6 queries
+    crowd[1]["visibility"][0, 0] = 0                                                              # one without a labelled snout
+    found = people_attention(model, [crowd], joint_groups(PAIRED))
+    assert np.isfinite(found.at).all(1).sum() in (5, 6) and np.isnan(found.at[0, 0]) and np.isfinite(found.own).all()
+    assert (np.isnan(found.peak) == np.isnan(found.at)).all() and set(np.unique(found.peak[np.isfinite(found.peak)])) <= {0, 1}
+    with pytest.raises(PoetError, match="no person"): people_attention(model, [scene((64, 64), [[0, 0, 60, 60]], 1, flags=0)], joint_groups(PAIRED))
+
+
+def test_the_positions_of_the_overview_are_those_of_the_model(picture):
+    for positions in ("layers", "input", "both"):
+        torch.manual_seed(0)
+        assert observe(build_poet(replace(SMALL, model=replace(SMALL.model, positions=positions))), picture).positions == positions

@@ -1,6 +1,8 @@
 "Estimates, verdicts and the AP of drawn images: cases whose numbers are worked out by hand, or by the ordinary evaluation."
 import json
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +148,51 @@ def test_a_claim_and_its_opposite(a, b, bound):
     above, below = verdict(number, least=bound), verdict(number, most=bound)
     if number.low <= bound <= number.high: assert "holds" not in (above, below)
     else: assert {above, below} == {"holds", "does not hold"}
+
+
+# ---- what the notebooks say
+
+ROOT = Path(__file__).parents[1]
+
+
+def printed(notebook):
+    "All that a notebook's cells have printed."
+    outputs = [o for cell in json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
+    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+
+
+def table():
+    "Name of each claim -> (where, number, verdict), of the committed notebook."
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|[^|]+\| ([^|]+) \| \*\*(.+)\*\* \|$", printed("62_claims"), flags=re.M)
+    assert len(rows) == len({name for name, *_ in rows}) > 20
+    return {name: tuple(rest) for name, *rest in rows}
+
+
+def test_readme_says_of_the_claims_what_the_notebook_says():
+    rows, readme = table(), " ".join((ROOT / "README.md").read_text().split())
+    verdict = {name: said for name, (_, _, said) in rows.items()}
+    for name, said, words in (("face", "holds", "attends to the head more than to the image at large"), ("face_most", "does not hold", "shoulders get more"), ("individual_most", "does not hold", "a third of that is the individual's"),
+                              ("joints_fail_official", "does not hold", "a third of the AP, not the half"), ("joints_fail", "not measured here", "could not be measured"), ("ae_8", "holds", "ahead of AE at stride 8"),
+                              ("ae_4", "does not hold", "at stride 16 beats AE at stride 4 did not come out")):
+        assert verdict[name] == said and words in readme, (name, verdict[name])
+    assert {verdict[f"ae_{s}"] for s in (16, 32)} == {"holds, AE has no AP at 128 pixels"} and "trivially at 16 and 32" in readme
+    assert 60 <= 100 * float(rows["joints_fail_official"][1].split()[0]) <= 70 and .3 <= float(rows["individual_most"][1].split()[0]) <= .37
+
+
+def test_the_papers_claims_are_counted_apart_from_ours():
+    rows, text = table(), printed("62_claims")
+    ours = sum(where.startswith("ours") for where, *_ in rows.values())
+    assert f"{len(rows) - ours} claims of the paper: " in text and f"{ours} additions of ours: " in text
+    counts = re.search(r"claims of the paper: (.+?)\. \d+ additions of ours: (.+?)\. \d", text)
+    for said, sign in zip(counts.groups(), (False, True)):
+        mine = [verdict for where, _, verdict in rows.values() if where.startswith("ours") == sign]
+        assert int(re.search(r"(\d+) hold", said)[1]) == sum(v.startswith("holds") for v in mine)
+        assert int(re.search(r"(\d+) do(es)? not hold", said)[1]) == sum(v.startswith("does not hold") for v in mine)
+
+
+def test_what_did_not_reproduce_is_named_with_a_reason():
+    "Each verdict of notebook 62 is in 63, and each that does not hold has a reason."
+    lines = re.findall(r"^\| 62_claims \| ([^|]+) \| ([^|]+) \| ([^|]*) \|$", printed("63_reproduce"), flags=re.M)
+    assert [finding.split(" (")[0] for _, finding, _ in lines] == [verdict for *_, verdict in table().values()], "63 was executed after another 62"
+    for statement, finding, why in lines: assert bool(why.strip()) == bool(re.match("does not hold|undecided", finding)), statement
+    assert "no run was made, so that goal has not been tried" in printed("63_reproduce")

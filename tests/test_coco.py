@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -20,11 +21,12 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from poet_nb import coco
-from poet_nb.coco import CocoKeypoints, describe, image_target, index_coco, open_coco, read_image
-from poet_nb.config import ConfigError, DataError
+from poet_nb.coco import CocoKeypoints, describe, image_target, index_coco, open_coco, open_split, read_image, splits_of
+from poet_nb.coco_eval import evaluate_keypoints, load_ground_truth
+from poet_nb.config import ConfigError, DataConfig, DataError
 from poet_nb.keypoints import COCO_PERSON
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*outside their image:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(outside their image|num_keypoints|area 0|missing):UserWarning")
 
 
 # ---- images ----
@@ -62,6 +64,37 @@ def test_sixteen_bits_keep_their_upper_byte(tmp_path, mode):
     picture.save(tmp_path / "deep.tif")
     assert Image.open(tmp_path / "deep.tif").mode == mode
     assert np.array_equal(read_image(tmp_path / "deep.tif").numpy(), np.stack([values >> 8] * 3))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_twelve_bits_in_sixteen(tmp_path, kind):
+    "The setting makes them an image; without it they are black, which is said, once."
+    values = smooth(20, 30)[..., 0].astype(np.uint16) << 4
+    Image.fromarray(values).save(tmp_path / f"lab.{kind}")
+    assert np.array_equal(read_image(tmp_path / f"lab.{kind}", bits=12).numpy(), np.stack([values >> 4] * 3))
+    coco._tell_dark.cache_clear()
+    with pytest.warns(UserWarning, match="uses 12 of them.*data.bits=12"): assert read_image(tmp_path / f"lab.{kind}").max() == values.max() >> 8 < 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / f"lab.{kind}")
+    Image.fromarray(values << 4).save(tmp_path / f"lab.{kind}")
+    with pytest.raises(DataError, match=rf"lab.{kind}.*need data.bits=16, not 12"): read_image(tmp_path / f"lab.{kind}", bits=12)
+
+
+def test_the_bits_of_a_configuration_reach_the_pixels(made, tmp_path):
+    made([person()])
+    for name in ("annotations", "mice"): (tmp_path / name).mkdir()
+    Image.fromarray(np.full((30, 40), 4080, np.uint16)).save(tmp_path / "mice/1.png")
+    (tmp_path / "annotations/mice.json").write_text(json.dumps(dict(images=[dict(id=1, width=40, height=30, file_name="1.png")], annotations=[person()], categories=[PERSON])))
+    assert open_split(DataConfig(root=str(tmp_path), bits=12), "mice")[0][0].unique().tolist() == [255]
+
+
+def test_a_stack_is_refused_and_a_picture_with_a_small_copy_is_not(tmp_path):
+    picture = Image.fromarray(smooth(20, 30))
+    picture.save(tmp_path / "stack.tif", save_all=True, append_images=[picture, picture])
+    with pytest.raises(DataError, match="stack.tif.*3 pages"): read_image(tmp_path / "stack.tif")
+    picture.save(tmp_path / "copy.tif", save_all=True, append_images=[picture.resize((3, 2))])
+    assert np.array_equal(read_image(tmp_path / "copy.tif").permute(1, 2, 0).numpy(), smooth(20, 30))
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
@@ -139,12 +172,17 @@ def opened(made, *args, **kwargs) -> CocoKeypoints: return CocoKeypoints(*made(*
     (dict(bbox=[1, 2, 3]), "annotation 1: field 'bbox' has 3 numbers"),
     (dict(bbox=[1, 2, float("inf"), 4]), "annotation 1: field 'bbox'.*inf"),
     (dict(area=-1), "annotation 1: field 'area' is -1"),
-    (dict(area=None), "annotation 1: field 'area' is missing"),
+    (dict(area=None, bbox=[]), "annotation 1: field 'bbox'"),
+    (dict(bbox=None, keypoints=[0] * 9), "annotation 1: field 'bbox' is missing"),
+    (dict(keypoints=[1, 2, 2, 3, 4, 2]), "annotation 1: field 'keypoints' has 6 numbers; it must have 9: x, y, visibility.*write a 2"),
+    (dict(keypoints=[1, None, 2] + [0] * 6), "annotation 1: field 'keypoints' is missing .or null"),
+    (dict(keypoints=[0, 0, None] + [0] * 6), "annotation 1: field 'keypoints' is missing .or null"),
+    (dict(keypoints=[], num_keypoints=3), "annotation 1: field 'keypoints' has 0 numbers"),
     (dict(area=10**400), "annotation 1: field 'area'"),
     (dict(iscrowd=2), "annotation 1: field 'iscrowd' is 2"),
     (dict(iscrowd="no"), "annotation 1: field 'iscrowd'"),
     (dict(image_id=9), "annotation 1: field 'image_id' is 9, which is not among the images"),
-    (dict(image_id="1"), "annotation 1: field 'image_id'"),
+    (dict(image_id="1"), "annotation 1: field 'image_id' is '1'; it must be a whole number without quotation marks"),
     (dict(category_id=7), "annotation 1: field 'category_id' is 7"),
     (dict(id=1.5), "annotation number 0 of the list.*field 'id' is 1.5"),
     (dict(id=2**70), "annotation.*field 'id'")])
@@ -152,11 +190,51 @@ def test_a_wrong_annotation_is_named(made, changes, said):
     with pytest.raises(DataError, match=rf"made\.json: {said}"): opened(made, [person(**changes), person(2)])
 
 
-@pytest.mark.parametrize("field", ["id", "image_id", "category_id", "keypoints", "bbox", "area"])
+@pytest.mark.parametrize("field", ["id", "image_id", "category_id", "keypoints"])
 def test_a_missing_field_is_named(made, field):
     wrong = person()
     del wrong[field]
     with pytest.raises(DataError, match=rf"made\.json: annotation.*field '{field}' is missing"): opened(made, [wrong, person(2)])
+
+
+@pytest.mark.parametrize("changes, box, area, labelled, said", [
+    (dict(bbox=None), [10, 8, 12, 9], 80, 2, "field bbox of annotations is missing 1 times"),
+    (dict(area=None), [5, 5, 15, 17], .53 * 120, 2, "field area of annotations is missing 1 times: taken as 53%"),
+    (dict(bbox=None, area=None), [10, 8, 12, 9], .53 * 2, 2, "field area of annotations is missing"),
+    (dict(keypoints=[], num_keypoints=0), [5, 5, 15, 17], 80, 0, None),
+    (dict(keypoints=None, num_keypoints=None), [5, 5, 15, 17], 80, 0, "field keypoints of annotations is missing 1 times"),
+    (dict(keypoints=[10, 8, 2, 12, 9, 1, None, float("nan"), 0]), [5, 5, 15, 17], 80, 2, None),
+    (dict(keypoints=[10, 8, 0, 12, 9, 0, 0, 0, 0], num_keypoints=2), [5, 5, 15, 17], 80, 0, "num_keypoints of 1 of 2 annotations"),
+    (dict(area=0), [5, 5, 15, 17], 0, 2, "1 people with labelled joints have area 0.*poet data split --area")])
+def test_what_follows_from_the_rest_is_filled_in_and_told(made, changes, box, area, labelled, said):
+    folder, file = made([person(**changes), person(2)])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        target = CocoKeypoints(folder, file).load(0)[1]
+        reader = [str(w.message) for w in told]
+        truth = load_ground_truth(file)
+    assert [str(w.message) for w in told[len(reader):] if "sigmas" not in str(w.message)] == reader, "the evaluation says the same"
+    assert reader == [] if said is None else any(re.search(said, line) for line in reader), reader
+    assert target["boxes"][0].tolist() == box and target["area"][0].item() == pytest.approx(area) and int((target["visibility"][0] > 0).sum()) == labelled
+    assert truth.areas[0] == pytest.approx(area) and (truth.keypoints[0, :, 2] > 0).sum() == labelled
+    results = [dict(image_id=1, category_id=1, keypoints=[10, 8, 1, 12, 9, 1, 0, 0, 1], score=.5)]
+    quiet = dict(sigmas=[.05] * 3, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert evaluate_keypoints(file, results, **quiet) == pytest.approx(evaluate_keypoints(file, results, engine="pycocotools", **quiet))
+
+
+def test_sizes_that_are_missing_are_those_of_the_files(made):
+    folder, file = made([person()], [dict(id=1, file_name="1.png"), dict(id=2, file_name="2.jpg", width=None, height=30)])
+    note = Image.Exif()
+    note[0x0112] = 6
+    Image.fromarray(smooth(30, 40)).save(folder / "1.png")
+    Image.fromarray(smooth(40, 30)).save(folder / "2.jpg", exif=note)
+    with pytest.warns(UserWarning, match="width or height of images is missing 2 times"): data = CocoKeypoints(folder, file)
+    assert data.index.images.sizes.tolist() == [[30, 40], [30, 40]] and data[1][0].shape == (3, 30, 40)
+    with pytest.raises(DataError, match="image 1: field 'height' is missing"): index_coco(file)
+    (folder / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="image 1: field 'height' is missing"): CocoKeypoints(folder, file)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -193,6 +271,19 @@ def test_a_file_cut_anywhere_is_refused(made):
 def test_what_is_no_coco_file(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"x\.json"): index_coco(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["person_keypoints_mice.json", "keypoints_mice.json", "mice.json"])
+def test_annotations_have_one_of_three_names(made, tmp_path, name):
+    folder, file = made([person()])
+    for place in ("annotations", "mice"): (tmp_path / place).mkdir()
+    for other in ("sigmas.json", "captions_mice.json"): (tmp_path / "annotations" / other).write_text("{}")
+    os.rename(folder / "1.jpg", tmp_path / "mice/1.jpg")
+    with pytest.raises(DataError, match="person_keypoints_mice.json.*no keypoints_mice.json or mice.json"): open_coco(tmp_path, "mice")
+    os.rename(file, tmp_path / "annotations" / name)
+    assert splits_of(tmp_path) == ["mice"] and len(open_coco(tmp_path, "mice")[0][1]["labels"]) == 1
+    (tmp_path / "annotations/person_keypoints_mice.json").write_text("cut")                 # goes before the others
+    with pytest.raises(DataError, match="person_keypoints_mice.json: not valid"): open_coco(tmp_path, "mice")
 
 
 def test_files_that_are_not_there(tmp_path, made):

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from poet_nb.config import DataError, NonFiniteError
-from poet_nb.coco_eval import (METRICS, best_oks, evaluate_keypoints, load_ground_truth, load_results, pair_oks, pair_up, random_coco,
+from poet_nb.coco_eval import (METRICS, best_oks, category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, pair_oks, pair_up, random_coco,
                                results_from_predictions, save_results, to_coco_results)
 from poet_nb.keypoints import COCO_PERSON
 
@@ -113,6 +113,75 @@ def test_several_categories_are_averaged_as_pycocotools_does():
     for category in (2, 5):
         ours = quiet(truth, results, [.1]*4, category_id=category)
         assert {m: ours[m] for m in METRICS} == reference(truth, results, [.1]*4, category_ids=[category])[0]
+
+def two_kinds(seed, K=4, images=15, ties=False):
+    "A random exam of two categories, in COCO's format."
+    first, results = random_coco(images, 12, seed, K, ties=ties)
+    rng = np.random.default_rng(seed)
+    kinds = [dict(id=i, name=name, keypoints=[f"joint_{k}" for k in range(K)]) for i, name in ((5, "b"), (2, "a"), (9, "never seen"))]
+    truth = first | dict(annotations=[a | dict(category_id=int(rng.choice([2, 5]))) for a in first["annotations"]], categories=kinds)
+    return truth, [r | dict(category_id=int(rng.choice([2, 5]))) for r in results.to_coco()]
+
+@some
+@given(seed=st.integers(0, 10**6), K=st.sampled_from([1, 4, 17]), ties=st.booleans())
+def test_each_category_has_the_numbers_that_pycocotools_gives_it_alone(seed, K, ties):
+    truth, results = two_kinds(seed, K, ties=ties)
+    rows = category_scores(truth, results, [.1]*K)
+    assert [row["category"] for row in rows] == ["a", "b", "never seen"] and rows[2]["people"] == 0 and rows[2]["AP"] == -1
+    for row, category in zip(rows, (2, 5)):
+        assert {m: row[m] for m in METRICS} == reference(truth, results, [.1]*K, category_ids=[category])[0]
+        assert row["people"] == sum(a["category_id"] == category and a["num_keypoints"] > 0 and not a["iscrowd"] for a in truth["annotations"])
+
+def errors_by_loops(truth, results, sigmas, threshold, share):
+    "(category, joint) -> (distance, near) of each labelled joint, with pycocotools' own matches."
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(); gt.dataset = copy.deepcopy(truth); gt.createIndex()
+        dt = gt.loadRes(copy.deepcopy(results)) if results else None
+        run = COCOeval(gt, dt, "keypoints") if results else None
+        if run: run.params.kpt_oks_sigmas, run.params.iouThrs = np.array(sigmas), np.array([threshold]); run.evaluate()
+    taken = {id: int(m) for seen in (run.evalImgs if run else ()) if seen and seen["aRng"] == [0, 1e10] for id, m in zip(seen["gtIds"], seen["gtMatches"][0]) if m}
+    table = {}
+    for person in truth["annotations"]:
+        if person["iscrowd"] or not person["num_keypoints"]: continue
+        for k, (x, y, v) in enumerate(np.reshape(person["keypoints"], (-1, 3))):
+            pose = dt.anns[taken[person["id"]]]["keypoints"] if person["id"] in taken else None
+            d = np.hypot(pose[3*k] - x, pose[3*k + 1] - y) if pose else np.inf
+            if v > 0: table.setdefault((person["category_id"], k), []).append((d, d <= share * max(person["bbox"][2:])))
+    return table
+
+@some
+@given(seed=st.integers(0, 10**6), K=st.sampled_from([1, 4, 17]), ties=st.booleans(), threshold=st.sampled_from([.05, .3, .5, .75]), share=st.sampled_from([.05, .1, .5]), min_score=st.sampled_from([0., .4, .9]))
+def test_joint_errors_are_those_of_a_plain_loop(seed, K, ties, threshold, share, min_score):
+    truth, results = two_kinds(seed, K, ties=ties)
+    rows = joint_errors(truth, results, min_score, threshold, share, [.1]*K)
+    slow = errors_by_loops(truth, [r for r in results if r["score"] >= min_score], [.1]*K, threshold, share)
+    assert [(row["category"], row["joint"]) for row in rows] == [(c, j) for c in ("a", "b", "never seen") for j in [*(f"joint_{k}" for k in range(K)), "all"]]
+    for i, row in enumerate(rows):
+        category, k = (2, 5, 9)[i // (K + 1)], i % (K + 1)
+        pairs = [p for (c, j), some in slow.items() if c == category and k in (j, K) for p in some]
+        if not pairs: assert row == dict(category=row["category"], joint=row["joint"], labelled=0, missed=None, median=None, rms=None, pck=None); continue
+        d, near = map(np.array, zip(*pairs))
+        there = d[np.isfinite(d)]
+        assert row["labelled"] == len(d) and row["missed"] == pytest.approx(np.isinf(d).mean()) and row["pck"] == pytest.approx(near.mean())
+        if not len(there): assert row["median"] is row["rms"] is None
+        else: assert row["median"] == pytest.approx(np.median(there)) and row["rms"] == pytest.approx(np.sqrt((there**2).mean()))
+    json.dumps(rows, allow_nan=False)
+
+def test_joint_errors_by_hand():
+    "Two people of 100 pixels: one pose is off by 3 and 4 pixels at the nose, the other person is found by nobody."
+    truth = person_file(2, [(1, 100), (2, 100)])
+    results = as_results(truth)[:1]
+    results[0]["keypoints"][0] += 3; results[0]["keypoints"][1] += 4
+    rows = {row["joint"]: row for row in joint_errors(truth, results)}
+    assert rows["nose"] == dict(category="person", joint="nose", labelled=2, missed=.5, median=5, rms=5, pck=.5)
+    assert rows["left_eye"]["rms"] == 0 and rows["all"]["labelled"] == 34 and rows["all"]["rms"] == pytest.approx(np.sqrt(25 / 17)) and rows["all"]["median"] == 0
+    truth["annotations"][0]["keypoints"][2] = 1                                              # hidden joints count as visible ones do, unlabelled ones not
+    assert joint_errors(truth, results)[0]["labelled"] == 2
+    truth["annotations"][0]["keypoints"][2], truth["annotations"][0]["num_keypoints"] = 0, 16
+    assert joint_errors(truth, results)[0] == dict(category="person", joint="nose", labelled=1, missed=1, median=None, rms=None, pck=0)
+    assert joint_errors(truth, results, images=[2])[-1]["missed"] == 1 and joint_errors(truth, results, images=[1])[-1]["missed"] == 0
+    assert joint_errors(truth, results, min_score=.6)[-1]["missed"] == 1
+    assert [row["missed"] for row in joint_errors(truth, [])] == [1] * 18
 
 def test_subsets_of_images():
     truth, results = random_coco(40, 10, seed=6)
@@ -291,7 +360,7 @@ def test_bad_result_files_are_named(tmp_path, text, words):
     with pytest.raises(DataError, match="can't be read"): load_results(tmp_path/"absent.json")
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(area=...), "annotation 2: field 'area' is missing"), (dict(area=-1), "annotation 2: field 'area'"), (dict(area=float("nan")), "annotation 2: field 'area'"), (dict(keypoints=...), "annotation 2: field 'keypoints'"),
+    (dict(area="big"), "annotation 2: field 'area' is or holds 'big'"), (dict(area=-1), "annotation 2: field 'area'"), (dict(area=float("nan")), "annotation 2: field 'area'"), (dict(keypoints=...), "annotation 2: field 'keypoints'"),
     (dict(keypoints=[1]*48), "annotation 2: field 'keypoints'"), (dict(id=1), "annotation 1: field 'id' occurs 2 times"), (dict(id="a"), "annotation a: field 'id'"), (dict(image_id=...), "annotation 2: field 'image_id'"),
     (dict(bbox=[1, 2, 3]), "annotation 2: field 'bbox'")])
 def test_bad_annotations_are_named(tmp_path, fields, words):

@@ -15,8 +15,8 @@ PARTS = dict(model=ModelConfig, loss=LossConfig, data=DataConfig, train=TrainCon
 PRESETS = ["poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "poet_tiny_growing", "ae_r50"]
 FIELDS = [(part, f.name) for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
 KINDS = {(part, name): kind for part, cls in PARTS.items() for name, kind in typing.get_type_hints(cls).items()}
-CHOICES = {"unposed": ("person", "nobody"), "stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
-           "matcher_norm": ("squared", "plain"), "schedule": ("step", "cosine"), "amp": ("none", "bf16", "fp16", "auto")}
+CHOICES = {"unposed": ("person", "nobody"), "bits": (8, 10, 12, 14, 16), "stride": (8, 16, 32), "method": ("poet", "ae"), "sigma_unit": ("cells", "pixels"), "positions": ("layers", "input", "both"), "backbone_norm": ("frozen", "batch"), "loss": ("paper", "official"), "visible": ("labelled", "visible"),
+           "matcher_norm": ("squared", "plain"), "schedule": ("step", "cosine"), "keep": ("last", "best"), "amp": ("none", "bf16", "fp16", "auto")}
 TOGETHER = {"hidden_dim": st.just(24), "nheads": st.sampled_from([1, 2, 3, 4, 6]), "batch_size": st.just(12), "accumulate": st.sampled_from([1, 2, 3, 4, 6, 12]),
             "crop_size": st.tuples(st.integers(1, 50), st.integers(50, 99)), "affine_scale": st.tuples(st.floats(.1, 1), st.floats(1, 2)),
             "nms": st.sampled_from([1, 3, 5, 7])}
@@ -105,7 +105,7 @@ def test_no_drops_at_all_is_a_schedule():
 
 
 def test_missing_fields_take_their_default_and_configurations_can_not_be_changed():
-    assert config_from_dict({}).model == ModelConfig() and config_from_dict({"model": {"num_queries": 7}}).model == ModelConfig(num_queries=7)
+    assert config_from_dict({}) == Config() and config_from_dict({"model": {"num_queries": 7}}).model == ModelConfig(num_queries=7)
     with pytest.raises(dataclasses.FrozenInstanceError): preset("poet_tiny").train.lr = 1.
 
 
@@ -147,7 +147,7 @@ WRONG = {
     "data.max_size": [0], "data.root": [3, None, ["a"]], "data.workers": [-1], "data.with_people_only": [1, "yes"], "data.rotation_degrees": [float("nan"), -1],
     "data.buckets": [True, "on"], "train.batch_size": [0, 1.5], "train.accumulate": [0, 5], "train.lr": [0, -1e-4, float("inf"), float("nan"), "fast"], "train.weight_decay": [-1, float("nan")],
     "train.schedule": ["linear"], "train.lr_drops": [[-1], 200], "train.amp": ["fp8"], "train.ema_decay": [1.5], "train.seed": [-1, .5], "train.eval_every": [0], "train.epochs": [0],
-    "train.pretrain_lr": [0, float("nan")], "train.nonfinite_patience": [0],
+    "train.pretrain_lr": [0, float("nan")], "train.nonfinite_patience": [0], "train.keep": ["first", True], "train.patience": [-1, .5], "train.freeze": [3, [1]],
 }
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -894,3 +895,95 @@ def test_validation_losses_do_not_depend_on_how_images_are_put_into_batches(tmp_
     assert engine.people_an_image(split, data) == (posed.sum() if unposed == "nobody" else len(posed)) / 12
     for name in together:
         if name != "class_error": assert alone[name] == pytest.approx(together[name], rel=1e-4) == some[name], name
+
+
+# ---- which weights stay, when a run ends, what is trained ---------------------------------------------------------------
+
+def aps(monkeypatch, *values):
+    "Let the evaluations of a run, one per epoch, come to these APs; gives the list of weights that they saw."
+    left, seen, evaluate = list(values), [], engine.evaluate
+    def scored(model, *args, **kwargs):
+        numbers, losses, results = evaluate(model, *args, **kwargs)
+        seen.append({k: v.half() for k, v in model.state_dict().items() if v.is_floating_point()})
+        return dict(numbers, AP=left.pop(0)), losses, results
+    monkeypatch.setattr(engine, "evaluate", scored)
+    return seen
+
+
+def kept(folder, seen) -> list[int]:
+    "The epochs whose weights are those in the run folder."
+    state = load_file(folder / "model.safetensors")
+    return [i for i, weights in enumerate(seen, 1) if all(torch.equal(state[k], v) for k, v in weights.items())]
+
+
+@pytest.mark.parametrize("keep, epoch", [("last", 4), ("best", 2)])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_or_the_best_weights_stay(scenes, tmp_path, monkeypatch, keep, epoch, stopped):
+    config = small(scenes, **{"train.epochs": 4, "train.pretrain_epochs": 0, "train.keep": keep})
+    seen = aps(monkeypatch, .1, .3, .3, .2)
+    if stopped: fit_for(monkeypatch, 7, config, tmp_path / "run")            # in the third of four epochs of three steps
+    log = fit(config, tmp_path / "run", resume=stopped, progress=False)
+    assert [line["coco"]["AP"] for line in log] == [.1, .3, .3, .2] and kept(tmp_path / "run", seen) == [epoch]
+    image_ids = {r["image_id"] for r in json.loads((tmp_path / "run/predictions.json").read_text())}
+    assert image_ids <= set(engine.open_split(config.data, "val2017").image_ids)
+
+
+def test_a_run_that_gets_no_better_ends_early_and_stays_ended(scenes, tmp_path, monkeypatch):
+    config = small(scenes, **{"train.epochs": 9, "train.pretrain_epochs": 0, "train.patience": 2, "train.keep": "best"})
+    seen = aps(monkeypatch, .1, .3, .2, .3)
+    for resume in (False, True): assert len(fit(config, tmp_path / "run", resume=resume, progress=False)) == 4
+    assert kept(tmp_path / "run", seen) == [2]
+    monkeypatch.undo()
+    more = fit(override(config, **{"train.patience": 3}), tmp_path / "run", resume=True, progress=False)
+    assert len(more) == 5, "patience may be changed in between; the untrained network finds nobody"
+
+
+def test_more_epochs_of_a_schedule_with_steps_are_as_if_they_had_been_asked_for_at_once(runs, scenes, tmp_path):
+    config, _ = runs("dropout")
+    longer = override(config, **{"train.epochs": 3})
+    fit(longer, tmp_path / "whole", progress=False)
+    folder = copied(runs("dropout")[1], tmp_path)
+    fit(longer, folder, resume=True, progress=False)
+    assert difference(left_by(tmp_path / "whole"), left_by(folder)) is None
+    assert json.loads((folder / "config.json").read_text())["train"]["epochs"] == 3
+    cosine, whole = runs("bf16")
+    with pytest.raises(CheckpointError, match="train.epochs: 2 -> 3.*--init"): fit(override(cosine, **{"train.epochs": 3}), whole, resume=True, progress=False)
+
+
+def test_frozen_parts_stay_and_the_others_move(runs, scenes, tmp_path):
+    _, whole = runs("dropout")
+    config = small(scenes, **{"train.epochs": 1, "train.freeze": ["backbone", "transformer.encoder", "query_embed.weight"], "train.weight_decay": .1})
+    fit(config, tmp_path / "run", init=whole, progress=False)
+    before, after = load_file(whole / "model.safetensors"), load_file(tmp_path / "run/model.safetensors")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and not any(k.startswith(("backbone", "transformer.encoder", "query_embed")) for k in moved)
+    assert {"class_embed.weight", "input_proj.weight", "transformer.decoder.norm.weight"} <= moved
+
+
+@pytest.mark.parametrize("names, said", [(["backbon"], "'backbon' is no part of the model; it has backbone, input_proj, transformer"), (["transformer.enc"], "'transformer.enc' is no part"),
+                                         (["backbone", "input_proj", "transformer", "query_embed", "class_embed", "kpt_embed"], "nothing is left to train")])
+def test_a_part_that_is_not_there_can_not_be_frozen(scenes, tmp_path, names, said):
+    with pytest.raises(PoetError, match="train.freeze.*" + said): fit(small(scenes, **{"train.freeze": names, "train.pretrain_epochs": 0}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["num_keypoints", "num_classes"])
+def test_data_of_other_joints_or_classes_are_refused_before_anything_is_written(scenes, tmp_path, field):
+    with pytest.raises(PoetError, match=f"field model.{field}: the model has 8, .*json has (17|1);"): fit(small(scenes, **{f"model.{field}": 8}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_people_to_learn_from_images_are_left_out(tmp_path):
+    "Who counts nobody without labelled joints trains on the images that the authors' filter leaves."
+    make_synth(tmp_path, "train2017", n=30, config=SynthConfig(size=64, empty_share=.3, unlabelled_share=.5), seed=3, workers=1, progress=False)
+    found = {unposed: engine.train_loader(small(tmp_path, **{"data.unposed": unposed, "data.with_people_only": True}), CPU)[0].dataset.dataset for unposed in ("person", "nobody")}
+    people = found["person"].index.people
+    posed = [i for i in range(30) if people.visibility[people.start[i]:people.start[i + 1]].any()]
+    assert found["nobody"].rows.tolist() == posed and 0 < len(posed) < len(found["person"]) < 30
+
+
+def test_an_epoch_without_evaluation_writes_one_checkpoint(scenes, tmp_path, monkeypatch):
+    written, write = [], engine.write_checkpoint
+    monkeypatch.setattr(engine, "write_checkpoint", lambda content, folder: (written.append((content["epoch"], content["batch"])), write(content, folder)))
+    fit(small(scenes, **{"train.epochs": 3, "train.eval_every": 2, "train.pretrain_epochs": 0}), tmp_path / "run", progress=False)
+    assert written == [(1, 0), (1, 3), (2, 0), (2, 3), (3, 0)], "before evaluation, and at the end of an epoch"

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from poet_nb import cli, export
 from poet_nb.config import CheckpointError, ConfigError, PoetError, override, preset
-from poet_nb.export import TOLERANCE, DeployedPoet, bake_batchnorm, check_export, check_target, describe, export_onnx, export_program, load_onnx, load_program, outside
+from poet_nb.export import TOLERANCE, DeployedPoet, bake_batchnorm, check_export, check_target, describe, export_onnx, export_program, load_onnx, load_program, outside, trace
 from poet_nb.keypoints import Skeleton
 from poet_nb.poet import PostProcess, build_poet
 from poet_nb.predict import predict
@@ -334,3 +334,16 @@ def test_command(thin, files, tmp_path, monkeypatch, capfd):
         assert cli.main(["export", *words]) == 2
         out, err = capfd.readouterr()
         assert out == "" and told in err and "Traceback" not in err
+
+
+def test_a_pooling_that_can_not_be_recorded_is_replaced_by_an_equal_one(thin, monkeypatch):
+    "As with PyTorch 2.11, which refuses a pooling with a stride in a network for images of any size."
+    record, tried = torch.export.export, []
+    def refuse_once(model, *args, **kwargs):
+        tried.append(type(model.network.backbone.body.maxpool).__name__)
+        if len(tried) == 1: raise torch._dynamo.exc.UserError(torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION, "refused")
+        return record(model, *args, **kwargs)
+    monkeypatch.setattr(torch.export, "export", refuse_once)
+    program, images, sizes = trace(thin), torch.randint(0, 256, (1, 3, 97, 50), dtype=torch.uint8), torch.tensor([[97, 50]])
+    assert tried == ["MaxPool2d", "ThinnedPool"]
+    for a, b in zip(program.module()(images, sizes), DeployedPoet(thin)(images, sizes)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -37,7 +37,7 @@ from test_engine import CPU, copied, difference, left_by, runs, scenes, small, w
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*outside their image:UserWarning"), pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*(outside their image|num_keypoints|area 0|missing):UserWarning"), pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /dev/full")
 
 
@@ -501,6 +501,9 @@ def of_annotation(draw, d):
     for r in d["annotations"]: r["iscrowd"] = 0  # a crowd need not have joints
     number, before = None, copy.deepcopy(d["annotations"])
     record, field = in_list(draw, d["annotations"], field, width)
+    if field in ("bbox", "area") and record.get(field) is None: record[field] = {}      # what is missing follows from the rest
+    for i, n in enumerate(record["keypoints"] if field == "keypoints" and isinstance(record.get("keypoints"), list) else ()):
+        if i % 3 < 2 and (n is None or n != n): record["keypoints"][i - i % 3 + 2] = 2  # and where no joint is labelled anything may stand
     number = d["annotations"].index(record) if field != "id" else next(i for i, (a, b) in enumerate(zip(before, d["annotations"])) if a != b)
     return "annotation", before[number]["id"] if field != "id" else None, field
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from poet_nb import cli, results, video
+from poet_nb import cli, predict, results, video
+from poet_nb.coco import open_coco
 from poet_nb.config import ConfigError, DataConfig, DataError, ModelConfig, PoetError, preset, replace
-from poet_nb.poet import build_poet
-from poet_nb.predict import PredictOptions, download, load_image, stream_predictions, url_name
+from poet_nb.keypoints import Skeleton
+from poet_nb.poet import PostProcess, build_poet
+from poet_nb.predict import PredictOptions, download, iter_predictions, load_image, stream_predictions, url_name
 from poet_nb.results import Predictions, ResultsWriter, to_supervision
 from poet_nb.synth import SynthConfig, make_synth, render_scene
 from poet_nb.video import VideoFacts, VideoWriter, read_video
@@ -65,7 +68,8 @@ def same_numbers(folder="predictions"):
     found, table = content(folder), pd.read_csv(Path(folder) / "predictions.csv")
     images = {image["id"]: image for image in found["images"]}
     assert table.image_id.tolist() == [a["image_id"] for a in found["annotations"]] and table.score.tolist() == [a["score"] for a in found["annotations"]]
-    assert table.iloc[:, 7:].to_numpy().tolist() == [a["keypoints"] for a in found["annotations"]]
+    assert table.iloc[:, 8:].to_numpy().tolist() == [a["keypoints"] for a in found["annotations"]]
+    assert table.track.fillna(0).tolist() == [a.get("track", 0) for a in found["annotations"]]
     assert table.file_name.tolist() == [images[a["image_id"]]["file_name"] for a in found["annotations"]] and set(table.category) == {"person"}
     for field in ("frame", "time"):
         for here, there in zip(table[field], (images[a["image_id"]].get(field) for a in found["annotations"])): assert here == there or np.isnan(here) and there is None
@@ -88,6 +92,19 @@ def test_images_and_videos_in_one_go(poet):
     assert sorted(os.listdir("predictions")) == ["0_poses.jpg", "0_poses_2.jpg", "1_poses.jpg", "party_poses.mp4", "predictions.csv", "predictions.json"]
     assert [round(1000 * f.time) for f in read_video("predictions/party_poses.mp4")] == [0, 100, 200, 300, 400]
     assert table.person.tolist() == list(range(1, 26)) * 8
+
+
+def test_people_are_followed_in_videos_alone_and_only_if_wanted(poet):
+    Image.fromarray(picture()).save("a.png")
+    with VideoWriter("still.mp4", VideoFacts(Fraction(1, 1000), Fraction(10))) as out:
+        for i in range(3): out.write(picture(), 100 * i)
+    assert poet("predict", "a.png", "still.mp4", "--threshold", 0, "--csv")[0] == 0
+    found, table = same_numbers()
+    assert [a.get("track") for a in found["annotations"]][:50] == [None] * 25 + list(range(1, 26))
+    for _, frame in table.iloc[25:].groupby("frame"): assert frame.track.nunique() == 25                       # nobody has another's number
+    assert poet("predict", "still.mp4", "--threshold", 0, "--csv", "--no-track", "--out", "b")[0] == 0
+    found, table = same_numbers("b")
+    assert len(table) == 75 and table.track.isna().all() and not any("track" in a for a in found["annotations"])
 
 
 def test_a_frame_is_predicted_as_an_image(poet):
@@ -161,6 +178,59 @@ def test_an_overlay_never_replaces_a_source(poet):
     before = Path("ph/a_poses.jpg").read_bytes()
     assert poet("predict", "ph", "--out", "ph", "--threshold", 0)[0] == 0
     assert Path("ph/a_poses.jpg").read_bytes() == before and {p.name for p in Path("ph").iterdir()} == {"a.png", "a_poses.jpg", "a_poses_2.jpg", "a_poses_poses.jpg", "predictions.json"}
+
+
+def test_subfolders_are_sources_and_equal_names_stay_apart(poet):
+    for i, name in enumerate(("1.png", "mon/1.png", "tue/1.png", "tue/.cache/1.png")):
+        Path("days", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i)).save(f"days/{name}")
+    for _ in range(2): assert poet("predict", "days", "--threshold", 0, "--out", "days/found")[0] == 0       # the second time there are overlays in the folder
+    assert [i["file_name"] for i in content("days/found")["images"]] == ["days/1.png", "days/mon/1.png", "days/tue/1.png"]
+    assert sorted(p.relative_to("days/found").as_posix() for p in Path("days/found").rglob("*.jpg")) == ["1_poses.jpg", "mon/1_poses.jpg", "tue/1_poses.jpg"]
+    assert [name for name, _ in iter_predictions(build_poet(SMALL), "days/tue")] == ["days/tue/1.png"]
+    assert poet("predict", "days/mon", "days/tue", "--threshold", 0, "--out", "both")[0] == 0
+    assert sorted(p.name for p in Path("both").glob("*.jpg")) == ["1_poses.jpg", "1_poses_2.jpg"]
+
+
+def test_labels_are_annotations_that_can_be_divided_and_learnt(poet, run, monkeypatch):
+    for i in range(4):
+        Path(f"new/day {i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i)).save(f"new/day {i % 2}/{i}.png")
+    clip("new/walk.mp4")
+    sure = lambda self, outputs, sizes, of=PostProcess.forward: [p | dict(keypoints=p["keypoints"].clone().index_fill_(2, torch.tensor(2), .9)) for p in of(self, outputs, sizes)]
+    monkeypatch.setattr(PostProcess, "forward", sure)
+    code, out, err = poet("predict", "new", "--threshold", 0, "--no-overlays", "--labels", "labels.json")
+    labels, found = json.loads(Path("labels.json").read_text()), content()
+    assert code == 0 and "in 4 images as annotations: labels.json; file names begin below" in out, err
+    assert [i["file_name"] for i in labels["images"]] == ["day 0/0.png", "day 0/2.png", "day 1/1.png", "day 1/3.png"] and labels["categories"] == found["categories"]
+    assert len(labels["annotations"]) > 20 and len(found["annotations"]) == 25 * 9
+    for a in labels["annotations"]:
+        joints = np.array(a["keypoints"]).reshape(-1, 3)
+        seen, (x, y, w, h) = joints[joints[:, 2] > 0], a["bbox"]
+        assert set(joints[:, 2]) <= {0, 2} and a["num_keypoints"] == len(seen) >= 2 and a["area"] == pytest.approx(.53 * w * h, abs=.02)
+        assert np.allclose(seen[:, :2].min(0), [x, y], atol=.02) and np.allclose(seen[:, :2].max(0), [x + w, y + h], atol=.02) and (seen[:, :2] >= 0).all() and (seen[:, :2] <= [64, 48]).all()
+    assert cli.main("data split new labels.json --out mine --group folder".split()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sorted(len(open_coco("mine", split)) for split in ("train2017", "val2017")) == [2, 2]
+    for wrong in ("new", "predictions/predictions.json"): assert "name another file" in poet("predict", "new", "--labels", wrong)[2]
+
+
+def test_a_prediction_is_drawn_with_its_own_skeleton(tmp_path, monkeypatch):
+    "An animal with 17 joints is no person; a plain dict can't know."
+    animal = dict(id=1, name="cat", keypoints=[f"{side}_{i}" for i in range(8) for side in ("left", "right")] + ["tail"], skeleton=[[1, 2], [2, 3]])
+    model, image = build_poet(SMALL), picture()
+    assert model.skeleton.name == "person"
+    model.categories = [animal]
+    found = model.predict(image, threshold=0.)
+    assert model.skeleton.name == found.skeleton.name == found[0].skeleton.name == "cat" and found[:1][0].skeleton.limbs == ((0, 1), (1, 2))
+    drawn, plain = [], video.overlay_poses
+    monkeypatch.setattr(predict, "draw_poses", lambda image, poses, skeleton, *more, **options: drawn.append(skeleton.name))
+    monkeypatch.setattr(video, "overlay_poses", lambda image, poses, skeleton, *more, **options: drawn.append(skeleton.name) or plain(image, poses, skeleton, *more, **options))
+    for prediction in (found[0], dict(found[0])): predict.draw_predictions(image, prediction)
+    video.annotate_video(model, read_video(clip(tmp_path / "a.mp4", 2)), video.video_facts(tmp_path / "a.mp4"), tmp_path / "b.mp4", PredictOptions(0.))
+    assert drawn == ["cat", "person", "cat", "cat"]
+    with pytest.raises(PoetError, match="the prediction has 17 joints, skeleton 'rod' has 1; give skeleton=model.skeleton"): predict.draw_predictions(image, found[0], skeleton=Skeleton("rod", ("tip",), (), (), (.1,)))
 
 
 def test_folders_without_pictures(poet):

@@ -13,7 +13,7 @@ from PIL import Image
 from poet_nb.coco import open_coco, open_split
 from poet_nb.coco_eval import evaluate_keypoints, load_ground_truth
 from poet_nb.config import load_config
-from poet_nb.keypoints import COCO_PERSON, Skeleton
+from poet_nb.keypoints import COCO_PERSON, Skeleton, _flip_pairs, lone_sides
 from poet_nb.poet import Poet, build_poet
 from poet_nb.predict import categories_of
 from poet_nb.transforms import RandomFlip
@@ -130,6 +130,94 @@ def test_the_doctor_says_what_it_takes_the_creatures_for(poet, tmp_path):
     assert poet("doctor --data nothing")[0] == 2
 
 
+def spoil(data: Path, change, split: str = "val2017"):
+    "Change the annotations of a split in place, or its whole file."
+    file = data / f"annotations/person_keypoints_{split}.json"
+    coco = json.loads(file.read_text())
+    for a in coco["annotations"]: change(a)
+    file.write_text(json.dumps(coco))
+
+
+def unlabel(a): a["keypoints"][2::3] = [0] * (len(a["keypoints"]) // 3)
+def fractions(a): a["keypoints"] = [v if i % 3 == 2 else v / 64 for i, v in enumerate(a["keypoints"])]
+def elsewhere(a): a["bbox"] = [0, 0, 5, 5]
+def shrink(a): a.update(keypoints=[v if i % 3 == 2 else 8 + v / 8 for i, v in enumerate(a["keypoints"])], bbox=[8, 8, 8, 8])
+def flat(a): a["area"] = 0
+
+
+@pytest.mark.parametrize("change, level, parts", [
+    (unlabel, "error", ["none of its 4 people has a joint with v > 0", "num_keypoints of 4 of 4"]), (fractions, "error", ["between 0 and 1", "pixels"]),
+    (elsewhere, "warning", ["of the labelled ones lie far outside the box of their own beast"]), (flat, "warning", ["4 people with labelled joints have area 0", "poet data split --area"]),
+    (shrink, "warning", ["the median beast has 8 x 8 pixels", "data.eval_scale=64", "0.5 x 0.5 cells of stride 16", "data.scales"])])
+def test_the_doctor_finds_what_makes_training_useless(change, level, parts, poet, tmp_path):
+    make(tmp_path / "data", [category(4)])
+    words = ("doctor --data data --set", "data.eval_scale=64", "data.max_size=64")
+    code, before, _ = poet(*words)
+    assert code == 0 and "warning  size" not in before and parts[0] not in before
+    spoil(tmp_path / "data", change)
+    code, out, err = poet(*words)
+    assert code == (2 if level == "error" else 0) and err == ""
+    for part in parts: assert any(line.startswith(level) or line.startswith("warning") and level == "error" for line in out.splitlines() if part in line) and part in out, (part, out)
+
+
+def test_a_split_without_anybody_labelled_is_refused_before_training(poet, tmp_path):
+    make(tmp_path / "data", [category(4)])
+    spoil(tmp_path / "data", unlabel)
+    code, _, err = poet("train --data data --run run --set", *TINY)
+    assert code == 2 and "none of its 4 people has a joint with v > 0" in err and not (tmp_path / "run").exists()
+    file = tmp_path / "data/annotations/person_keypoints_val2017.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(annotations=[])))
+    code, _, err = poet("train --data data --run run --set", *TINY)
+    assert code == 2 and "nobody is annotated in its 4 images" in err and not (tmp_path / "run").exists()
+    assert "nobody is annotated" in poet("doctor --data data")[1]
+
+
+def test_the_doctor_lists_sides_without_a_twin(poet, tmp_path):
+    names = ["snout", "FL_paw", "FR_paw", "leftear"]
+    make(tmp_path / "data", [category(4) | dict(keypoints=names)])
+    out = poet("doctor --data data")[1]
+    assert "1 mirror pairs; no twin is found for leftear" in out and "no name says left or right" not in out
+
+
+def test_the_doctor_opens_what_training_opens(poet, tmp_path):
+    make(tmp_path / "data", [category(4, 1, "worm"), category(20, 2, "dog")])
+    code, out, _ = poet("doctor --data data")
+    assert code == 2 and "--set data.categories=NAME" in out
+    code, out, _ = poet("doctor --data data --set data.categories=dog")
+    assert code == 0 and "4 of dog" in out and "20 joints" in out
+    (tmp_path / "data/annotations/s.json").write_text(json.dumps([.1] * 4))
+    assert "sigmas" not in poet("doctor --data data --set data.categories=worm data.sigmas=s.json")[1]
+    for words in ("--set data.sigmas=s.json", "--preset poet_r50"): assert poet(f"doctor {words}")[0] == 2
+    assert "as poet_r50 sees it (data.eval_scale=800)" in poet("doctor --data data --preset poet_r50 --set data.categories=dog")[1]
+
+
+@pytest.mark.parametrize("pattern", ["keypoints_{}.json", "{}.json"])
+def test_annotations_of_other_names_take_the_whole_road(pattern, poet, tmp_path):
+    make(tmp_path / "data", [category(4)])
+    for split in ("train2017", "val2017"): (tmp_path / f"data/annotations/person_keypoints_{split}.json").rename(tmp_path / "data/annotations" / pattern.format(split))
+    (tmp_path / "data/annotations/sigmas.json").write_text(json.dumps([.1] * 4))
+    assert "8 images, 8 of beast" in done(poet("doctor --data data"))
+    said = done(poet("train --data data --run run --set", *TINY))
+    assert said.count("no OKS sigmas are given") == 1
+    assert done(poet("eval --run run")).count("no OKS sigmas are given") == 1
+
+
+@pytest.mark.parametrize("names, pairs", [
+    ("leftear rightear nose", [(0, 1)]), ("lefteye righteye", [(0, 1)]), ("Lear Rear", [(0, 1)]), ("FL_paw FR_paw HL_paw HR_paw", [(0, 1), (2, 3)]), ("L1 L2 R1 R2", [(0, 2), (1, 3)]),
+    ("forepawL1 forepawR1 hindpawL1", [(0, 1)]), ("RL RR FL FR", [(0, 1), (2, 3)]), ("LF LR RF RR", [(0, 2), (1, 3)]), ("frontleftpaw frontrightpaw", [(0, 1)]), ("earL earR", [(0, 1)]),
+    ("rear lip tail heel upper", []), ("lear rear left_ear right_ear", [(0, 1), (2, 3)]), ("LL LR RL RR", [])])
+def test_twins_are_found_by_their_names(names, pairs):
+    kinds = Skeleton.from_category(dict(id=1, name="x", keypoints=names.split(), skeleton=[]))
+    assert kinds.flip_pairs == tuple(pairs)
+    assert Skeleton.from_category(kinds.to_category()) == kinds
+
+
+def test_sides_that_are_alone():
+    lone = lambda *names: lone_sides(Skeleton("x", names, (), _flip_pairs(names), (.1,) * len(names)))
+    assert lone("left_eye", "rightear", "eyeleft", "FL_paw", "R2", "ear_l") == ("left_eye", "rightear", "eyeleft", "FL_paw", "R2", "ear_l")
+    assert lone("nose", "rear", "lip", "tail", "leftEye", "rightEye", "frontal", "collar") == ()
+
+
 def test_what_set_says_is_meant(poet, tmp_path):
     make(tmp_path / "data", [category(4)])
     for field in ("model.num_keypoints=5", "model.num_classes=2"):
@@ -241,6 +329,23 @@ def test_as_many_joints_are_not_the_same_joints(poet, tmp_path):
     assert Skeleton.from_category(learnt(tmp_path / "dogs_run")[0]).keypoints == tuple(NAMES[20][:17])
     code, _, err = poet("eval --run people_run --data dogs --quiet")
     assert code == 2 and "are not those that the run has learnt (nose, left_eye" in err
+
+
+def test_a_run_that_does_not_name_its_joints_says_what_they_are_taken_for(poet, tmp_path):
+    make(tmp_path / "people", [COCO_PERSON.to_category()])
+    make(tmp_path / "dogs", [category(20) | dict(keypoints=NAMES[20][:17], skeleton=[])])
+    make(tmp_path / "worms", [category(4)])
+    done(poet("train --data people --run people_run --quiet --set", *TINY))
+    (tmp_path / "people_run/skeleton.json").unlink()
+    assert "skeleton.json" not in done(poet("eval --run people_run --quiet"))
+    code, _, err = poet("eval --run people_run --data dogs --quiet")
+    assert code == 2 and "are not those that the run has learnt (nose, left_eye" in err and "no skeleton.json, so its 17 joints count as COCO's person's" in err
+    assert "names its 17 joints, so they count as those of COCO's person" in done(poet("train --data dogs --run dogs_run --init people_run"))
+    assert "skeleton.json" not in done(poet("train --data people --run again --init people_run"))
+    done(poet("train --data worms --run worms_run --quiet --set", *TINY))
+    assert "joint 1" not in done(poet("train --data worms --run a --init worms_run"))
+    (tmp_path / "worms_run/skeleton.json").unlink()
+    assert done(poet("train --data worms --run b --init worms_run")).count("joint 1 becomes joint 1 (head)") == 1
 
 
 def test_a_skeleton_file_that_is_not_the_models_is_refused(poet, tmp_path):

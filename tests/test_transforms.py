@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 
 from poet_nb.config import ConfigError, DataConfig, DataError, preset
 from poet_nb.keypoints import COCO_PERSON, Skeleton
-from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomCrop, RandomFlip, RandomResize, RandomRotation, batch_size, collate,
+from poet_nb.buckets import planned_size
+from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomBlur, RandomColor, RandomCrop, RandomFlip, RandomResize, RandomRotation, Step, batch_size, collate,
                                 eval_transforms, flip_matrix, image_generator, normalize, pad_images, rotation_matrix, scale_matrix,
-                                shift_matrix, shortest_side, to_fractions, train_transforms, warp_image, warp_pixels, warp_points, warp_target)
+                                shift_matrix, shortest_side, smaller, to_fractions, train_transforms, warp_image, warp_pixels, warp_points, warp_target)
 
 PAPER = DataConfig()
 TINY = replace(PAPER, scales=(112, 128, 144), max_size=256, eval_scale=128, rotation_degrees=15., dropout_prob=0., crop_resize=(128, 144, 160),
@@ -290,6 +291,97 @@ def test_errors_say_what_to_do():
     with pytest.raises(DataError, match="at least one"): collate([])
 
 
+# ---- colours, and pictures from above
+
+COLOURS = dict(brightness=.4, contrast=.4, saturation=.4, blur=1.5)
+
+
+@fast
+@given(sizes, st.integers(0, 3), seeds)
+def test_colours_change_pixels_and_nothing_else(size, people, seed):
+    before = sample(size, people, seed=seed)
+    kept = before[0].clone()
+    plain, coloured = (train_transforms(config, COCO_PERSON)(*before, generator=seeded(seed)) for config in (TINY, replace(TINY, **COLOURS)))
+    check(*coloured, size)
+    assert torch.equal(before[0], kept) and coloured[0].shape == plain[0].shape and all(torch.equal(plain[1][k], coloured[1][k]) for k in plain[1])
+    assert coloured[0].permute(1, 2, 0).is_contiguous()                                 # (H, W, 3) in memory, as a batch wants it
+    assert size == (1, 1) or not torch.equal(plain[0], coloured[0])
+
+
+@pytest.mark.parametrize("field, change", [("brightness", v2.functional.adjust_brightness), ("contrast", v2.functional.adjust_contrast), ("saturation", v2.functional.adjust_saturation)])
+def test_each_factor_is_torchvisions_and_even_around_one(field, change):
+    image, target = sample((8, 9))
+    draws = [torch.rand((), generator=seeded(n)).item() for n in range(300)]
+    factors = [1 + .4 * (2 * draw - 1) for draw in draws]
+    for n in range(20): assert torch.equal(RandomColor(**{field: .4})(image, target, seeded(n))[0], change(image, factors[n]))
+    assert .6 <= min(factors) < .62 and 1.38 < max(factors) <= 1.4 and abs(np.mean(factors) - 1) < .03
+    assert RandomColor(**{field: 1.})(image, target, seeded(0))[0].dtype == torch.uint8
+    with pytest.raises(ConfigError, match=f"{field} 1.5"): RandomColor(**{field: 1.5})
+
+
+def test_what_is_off_draws_nothing_and_what_is_on_draws_after_the_plan():
+    steps = [type(step).__name__ for step in train_transforms(PAPER, COCO_PERSON).steps]
+    assert steps == ["RandomFlip", "RandomRotation", "CoarseDropout", "Fused", "RandomResize"]
+    more = replace(PAPER, flip_vertical_prob=.5, affine_shift=.1, **COLOURS)
+    assert [type(step).__name__ for step in train_transforms(more, COCO_PERSON).steps] == ["RandomFlip", *steps, "RandomZoom", "RandomBlur", "RandomColor"]
+    before = sample((90, 120))
+    for config in (TINY, replace(TINY, **COLOURS)):                                      # as buckets need it: the plan alone tells the size
+        for i in range(30): assert train_transforms(config, COCO_PERSON)(*before, generator=image_generator(1, 2, i))[0].shape[1:] == planned_size(train_transforms(TINY, COCO_PERSON), (90, 120), 1, 2, i)
+    assert smaller(replace(PAPER, blur=2., small_share=.25)).blur == .5
+
+
+def test_a_blur_spreads_a_dot_and_keeps_its_light():
+    image, target = torch.zeros(3, 41, 41, dtype=torch.uint8), sample((41, 41))[1]
+    image[:, 20, 20] = 250
+    wide = [RandomBlur(3.)(image, target, seeded(n))[0].float() for n in range(30)]
+    assert all(abs(blurred.sum() / 750 - 1) < .6 and torch.allclose(blurred, blurred.flip(-1)) and torch.allclose(blurred, blurred.flip(-2)) for blurred in wide)
+    assert len({blurred.max().item() for blurred in wide}) > 5
+    assert torch.equal(RandomBlur(1e-4)(image, target, seeded(0))[0], image)
+
+
+@fast
+@given(sizes, seeds)
+def test_a_vertical_flip_mirrors_pixels_joints_and_sides(size, seed):
+    image, target = sample(size, seed=seed)
+    out, after = RandomFlip(COCO_PERSON, 1, vertical=True)(image, target)
+    assert torch.equal(out, image.flip(-2))
+    swap, seen = list(COCO_PERSON.flip_permutation), target["visibility"][:, COCO_PERSON.flip_permutation] > 0
+    keep = seen.any(1)
+    assert torch.equal(after["visibility"][after["visibility"].sum(1) > 0], target["visibility"][keep][:, swap])
+    expected = (target["keypoints"].as_subclass(torch.Tensor) * torch.tensor([1., -1.]) + torch.tensor([0., float(size[0])]))[keep][:, swap]
+    assert torch.allclose(after["keypoints"].as_subclass(torch.Tensor)[after["visibility"].sum(1) > 0][seen[keep]], expected[seen[keep]], atol=1e-3)
+    half = Fused([RandomFlip(COCO_PERSON, 1), RandomFlip(COCO_PERSON, 1, vertical=True)])(image, target)
+    turned = RandomRotation(0., 1.).plan(Plan(size, np.eye(3))).move(rotation_matrix(size, 180))
+    assert torch.equal(half[0], image.flip(-1, -2)) and torch.equal(half[1]["visibility"], warp_target(target, turned)["visibility"])   # nobody changes sides
+    assert np.allclose(half[1]["keypoints"].as_subclass(torch.Tensor), warp_target(target, turned)["keypoints"].as_subclass(torch.Tensor), atol=1e-3)
+
+
+def test_a_vertical_flip_has_its_own_chance():
+    generator, config = seeded(0), replace(PAPER, flip_prob=.5, flip_vertical_prob=.2, rotation_prob=0.)
+    plans = [train_transforms(config, COCO_PERSON).plan(Plan((480, 640), np.eye(3)), generator) for _ in range(1000)]
+    down, across = (np.array([p.matrix[i, i] < 0 for p in plans]) for i in (1, 0))
+    assert abs(down.mean() - .2) < .05 and abs(across.mean() - .5) < .06
+    assert all((p.order in (None, tuple(range(17)))) == (a == d) for p, a, d in zip(plans, across, down))                              # mirrored once: sides exchanged
+
+
+class OnlyCall(Step):
+    def __call__(self, image, target, generator=None): return image // 2, target
+
+class Dim(Step):
+    def pixels(self, image, generator=None): return image // 2
+
+
+def test_a_step_that_would_never_be_called_is_refused():
+    for wrong, word in ((OnlyCall(), "neither"), (Step(), "neither"), (v2.ColorJitter(.4), "Compose"), (torch.nn.Identity(), "Step"), (type("Both", (OnlyCall, Dim), {})(), "__call__"),
+                        (Fused([], finish=to_fractions), "outermost")):
+        with pytest.raises(ConfigError, match=word): Fused([RandomFlip(COCO_PERSON), wrong])
+    image, target = sample()
+    assert torch.equal(Fused([Dim(), RandomFlip(COCO_PERSON, 1)])(image, target)[0], image.flip(-1) // 2)
+    assert torch.equal(Fused([Fused([Dim()]), Dim()])(image, target)[0], image // 4) and torch.equal(Fused([Fused([Dim()], prob=0.)])(image, target)[0], image)
+    wrapped = Fused([Dim(), RandomResize([50])])(tv_tensors.Image(image), target)[0]
+    assert isinstance(wrapped, tv_tensors.Image) and wrapped.max() < 128
+
+
 # ---- randomness
 
 class Seeded(Dataset):
@@ -299,8 +391,9 @@ class Seeded(Dataset):
     def __getitem__(self, i): return self.transform(*sample((150, 200), 2, seed=i), generator=image_generator(5, 1, i))
 
 
-def test_the_number_of_workers_changes_nothing():
-    batches = [list(DataLoader(Seeded(), 4, num_workers=n, collate_fn=collate)) for n in (0, 2)]
+@pytest.mark.parametrize("config", [TINY, replace(TINY, flip_vertical_prob=.5, **COLOURS)])
+def test_the_number_of_workers_changes_nothing(config):
+    batches = [list(DataLoader(Seeded(config), 4, num_workers=n, collate_fn=collate)) for n in (0, 2)]
     for (a, s), (b, t) in zip(*batches):
         assert isinstance(a, NestedTensor) and torch.equal(a.tensors, b.tensors) and torch.equal(a.mask, b.mask)
         assert all(torch.equal(x[k], y[k]) for x, y in zip(s, t) for k in x)

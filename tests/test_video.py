@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from poet_nb import video
 from poet_nb.config import DataConfig, DataError, PoetError
-from poet_nb.video import AudioCopy, VideoFacts, VideoWriter, annotate_video, is_video, predict_frames, read_video, read_webcam, ticks, upright, video_facts
+from poet_nb.plot import person_color
+from poet_nb.video import AudioCopy, Tracker, VideoFacts, VideoWriter, annotate_video, is_video, pose_similarity, predict_frames, read_video, read_webcam, ticks, upright, video_facts
 
 av = pytest.importorskip("av")
 MS, SMALL = Fraction(1, 1000), video.PredictOptions(data=DataConfig(eval_scale=32, max_size=64, pad_multiple=16))
@@ -254,6 +255,103 @@ def test_poses_are_drawn_where_they_are(tmp_path):
 def test_a_writer_without_frames_makes_no_file(tmp_path):
     with VideoWriter(tmp_path / "a.mp4", VideoFacts(MS, Fraction(25))): pass
     assert not (tmp_path / "a.mp4").exists()
+
+
+# ---- tracks
+
+FIGURE = torch.tensor([[0., 0.], [-10, 20], [10, 20], [-8, 60], [8, 60], [-8, 100], [8, 100]])
+
+
+def people(places, order=None, labels=None, visibility=1.):
+    "A prediction of people at some places (x, y), in some order."
+    order = list(range(len(places))) if order is None else order
+    poses = torch.stack([FIGURE + torch.tensor(places[i], dtype=torch.float32) for i in order]) if order else torch.zeros(0, 7, 2)
+    labels = torch.zeros(len(places), dtype=torch.int64) if labels is None else torch.tensor(labels)
+    return dict(scores=torch.linspace(.9, .5, len(order)), labels=labels[order], keypoints=torch.cat([poses, torch.full((len(order), 7, 1), visibility)], 2))
+
+
+def numbers(tracker, *args, **more): return tracker(people(*args, **more))["tracks"].tolist()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_numbers_stay_with_people_whatever_their_order(seed, n):
+    rng, tracker = np.random.default_rng(seed), Tracker([.08] * 7)
+    at, speed, first = rng.uniform(0, 60, (n, 2)) + 150 * np.arange(n)[:, None], rng.uniform(-4, 4, (n, 2)), None
+    for frame in range(12):
+        order = rng.permutation(n).tolist()
+        found = people((at + frame * speed).tolist(), order)
+        kept = {k: v.clone() for k, v in found.items()}
+        out = tracker(found)
+        assert found.keys() == kept.keys() and all(torch.equal(found[k], v) for k, v in kept.items()) and all(torch.equal(out[k], v) for k, v in kept.items())
+        mine = dict(zip(order, out["tracks"].tolist()))
+        first = first or mine
+        assert mine == first and sorted(mine.values()) == list(range(1, n + 1))
+    assert first == {i: k for k, i in enumerate(first, 1)}                       # the best score of the first frame is number 1
+
+
+def test_people_who_walk_through_each_other_keep_their_numbers():
+    tracker = Tracker([.08] * 7)
+    seen = [numbers(tracker, [(10 + 6 * t, 0), (250 - 6 * t, 0)], [t % 2, 1 - t % 2]) for t in range(41)]
+    assert all(tracks == [1, 2][::1 if t % 2 == 0 else -1] for t, tracks in enumerate(seen))
+
+
+@pytest.mark.parametrize("gap, memory, same", [(0, 1, True), (4, 5, True), (5, 5, False), (24, 25, True), (25, 25, False)])
+def test_who_comes_back_in_time_keeps_the_number(gap, memory, same):
+    tracker = Tracker([.08] * 7, memory)
+    assert numbers(tracker, [(0, 0), (300, 0)]) == [1, 2]
+    for _ in range(gap): assert numbers(tracker, [(300, 0)]) == [2]                 # the other one is seen all the time
+    assert numbers(tracker, [(0, 0), (300, 0)]) == [1 if same else 3, 2]
+    for _ in range(gap): assert numbers(tracker, []) == []
+    assert numbers(tracker, [(300, 0)]) == [2 if same else 4]
+
+
+def test_somebody_who_is_covered_is_awaited_further_on():
+    tracker = Tracker([.08] * 7)
+    for t in range(30): assert numbers(tracker, [(8 * t, 0)]) == [1]
+    for _ in range(10): tracker(people([]))
+    assert numbers(tracker, [(8 * 40, 0)]) == [1]
+    assert numbers(Tracker([.08] * 7), [(0, 0)]) == [1] and numbers(tracker, [(0, 0), (328, 0)]) == [2, 1]  # far away: somebody new
+
+
+def test_kinds_are_not_taken_for_each_other():
+    tracker = Tracker([.08] * 7)
+    assert numbers(tracker, [(0, 0)], labels=[0]) == [1] and numbers(tracker, [(1, 0)], labels=[1]) == [2]
+    assert numbers(tracker, [(1, 0), (0, 0)], labels=[1, 0]) == [2, 1]
+
+
+def test_the_assignment_is_the_best_of_all_not_of_each():
+    "The second person stands where the first one stood; taken one by one, the first pose would get the wrong number."
+    tracker = Tracker([.3] * 7)
+    assert numbers(tracker, [(0, 0), (12, 0)]) == [1, 2]
+    assert numbers(tracker, [(11, 0), (24, 0)]) == [1, 2]
+
+
+def test_joints_that_are_not_seen_count_only_where_none_is():
+    before, after = (people([(0, 0)])["keypoints"].double() for _ in range(2))
+    after[0, 0, 0] += 400
+    before[0, 0, 2] = .4                                                          # the head, hidden, is somewhere else
+    assert pose_similarity(before, after, [.08] * 7).tolist() == [[1.]]
+    before[0, :, 2] = .4
+    assert pose_similarity(before, after, [.08] * 7).item() == pytest.approx(6 / 7)
+    assert pose_similarity(before, after + torch.tensor([0., 5, 0]), [.08] * 7).item() == pytest.approx(6 / 7 * np.exp(-25 / (2 * 50**2 * .16**2)))
+
+
+def test_other_joints_are_refused():
+    with pytest.raises(PoetError, match="7 joints.*17 sigmas"): Tracker([.08] * 17)(people([(0, 0)]))
+
+
+def test_a_track_has_its_colour_and_tracks_can_be_switched_off(tmp_path, monkeypatch):
+    "Two people whose scores change places in every frame: colours follow the person, or without tracks the score."
+    source = make(tmp_path / "a.mp4", [40 * i for i in range(6)])
+    found = [people([(10, 5), (60, 5)], [i % 2, 1 - i % 2]) for i in range(6)]
+    colours, seen = [], []
+    monkeypatch.setattr(video, "predict_frames", lambda model, frames, options: zip(frames, found))
+    monkeypatch.setattr(video, "overlay_poses", lambda image, poses, skeleton, scores, colors, threshold: colours.append(colors) or image)
+    skeleton = SimpleNamespace(sigmas=[.08] * 7)
+    for track in (True, False): assert annotate_video(None, read_video(source), video_facts(source), tmp_path / "b.mp4", SMALL, skeleton, lambda _, f: seen.append(f), track=track) == 6
+    assert colours == [[person_color(k) for k in (i % 2, 1 - i % 2)] for i in range(6)] + [None] * 6
+    assert [f["tracks"].tolist() for f in seen[:6]] == [[1, 2], [2, 1]] * 3 and all("tracks" not in f for f in seen[6:])
 
 
 # ---- webcam

@@ -2,7 +2,6 @@
 import ast
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import pytest
 from PIL import Image
 
 import notebooks
-from poet_nb.coco import open_coco
+from poet_nb.coco import lay_out, open_coco
+from poet_nb.config import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs/72_your_own.ipynb"
@@ -47,17 +47,8 @@ def source(word: str) -> str:
     return cells[0]
 
 
-@pytest.fixture
-def lay_out():
-    "The notebook's own function."
-    function = next(node for node in ast.parse(source("def lay_out(")).body if isinstance(node, ast.FunctionDef))
-    names = dict(json=json, os=os, random=random, shutil=shutil, Path=Path)
-    exec(compile(ast.Module([function], []), str(NOTEBOOK), "exec"), names)
-    return names["lay_out"]
-
-
 @pytest.mark.parametrize("n, val", [(2, 1), (9, 1), (30, 6)])
-def test_two_parts_of_few_pictures(lay_out, tmp_path, n, val):
+def test_two_parts_of_few_pictures(tmp_path, n, val):
     pictures, file = newts(tmp_path, n)
     for _ in range(2): lay_out(pictures, file, tmp_path / "mine")                          # once more changes nothing
     parts = [open_coco(tmp_path / "mine", split) for split in ("train2017", "val2017")]
@@ -66,7 +57,7 @@ def test_two_parts_of_few_pictures(lay_out, tmp_path, n, val):
     assert parts[0].skeleton.flip_pairs == ((1, 2),) and (n < 7 or len(list((tmp_path / "mine").glob("*/pond one/deep/7.jpg"))) == 1)
 
 
-def test_of_many_pictures_a_hundred_are_set_aside(lay_out, tmp_path):
+def test_of_many_pictures_a_hundred_are_set_aside(tmp_path):
     pictures, file = newts(tmp_path, 1)
     images = [dict(id=i, file_name=f"{i}.png", width=64, height=64) for i in range(1000)]
     for image in images: os.link(pictures / "1.png", pictures / image["file_name"]) if image["id"] != 1 else None
@@ -76,13 +67,55 @@ def test_of_many_pictures_a_hundred_are_set_aside(lay_out, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.png", "../newts.json", "{pictures}/2.png"])
-def test_pictures_elsewhere_are_named(lay_out, tmp_path, name):
+def test_pictures_elsewhere_are_named(tmp_path, name):
     pictures, file = newts(tmp_path, 3)
     coco = json.loads(file.read_text())
     coco["images"][1]["file_name"] = name = name.format(pictures=pictures)
     file.write_text(json.dumps(coco))
-    with pytest.raises(AssertionError, match="1 of the 3 pictures in .*newts.json are not below .*my pictures") as error: lay_out(pictures, file, tmp_path / "mine")
+    with pytest.raises(DataError, match="1 of the 3 pictures in .*newts.json are not below .*my pictures") as error: lay_out(pictures, file, tmp_path / "mine")
     assert name in str(error.value) and not (tmp_path / "mine").exists()
+
+
+def frames(tmp_path: Path, videos: list[int]) -> tuple[Path, Path]:
+    "Videos of so many frames each, in folders of their own; the frames of all are mixed in the file."
+    pictures, file = newts(tmp_path, 1)
+    names = sorted((f"video {v}/v{v}_frame{i:02}.png" for v, n in enumerate(videos) for i in range(n)), key=lambda name: name[-6:])
+    for name in names:
+        (pictures / name).parent.mkdir(exist_ok=True)
+        os.link(pictures / "1.png", pictures / name)
+    images = [dict(id=i, file_name=name, width=64, height=64) for i, name in enumerate(names, 1)]
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=images)))
+    return pictures, file
+
+
+@pytest.mark.parametrize("group", ["folder", "(.*)_frame", r"v(\d+)_"])
+@pytest.mark.parametrize("seed", range(5))
+def test_frames_of_a_video_stay_together(tmp_path, group, seed):
+    pictures, file = frames(tmp_path, [3, 5, 2, 6, 4])
+    parts = lay_out(pictures, file, tmp_path / "mine", val=.3, group=group, seed=seed)
+    videos = {split: {p.parent.name for p in (tmp_path / "mine" / split).rglob("*.png")} for split in parts}
+    assert not videos["train2017"] & videos["val2017"] and sum(parts.values()) == 20 and 2 <= parts["val2017"] <= 6
+    assert {split: len(open_coco(tmp_path / "mine", split)) for split in parts} == parts
+
+
+def test_groups_that_do_not_divide(tmp_path):
+    pictures, file = frames(tmp_path, [4, 9])
+    assert lay_out(pictures, file, tmp_path / "mine", val=.1, group="folder") == dict(train2017=9, val2017=4), "the smaller of the two"
+    for group, error, said in (("frame", DataError, "13 in 1 group"), ("camera", ConfigError, "occurs in no file_name"), ("(", ConfigError, "not a regular expression")):
+        with pytest.raises(error, match=said): lay_out(pictures, file, tmp_path / "other", group=group)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_area_is_given_only_to_those_without(tmp_path):
+    pictures, file = newts(tmp_path, 4)
+    coco = json.loads(file.read_text())
+    coco["annotations"][0]["area"] = 0
+    del coco["annotations"][1]["area"]
+    file.write_text(json.dumps(coco))
+    areas = lambda root: sorted(a.get("area", -1) for part in root.glob("annotations/*.json") for a in json.loads(part.read_text())["annotations"])
+    lay_out(pictures, file, tmp_path / "as it is")
+    lay_out(pictures, file, tmp_path / "filled", area=.5)
+    assert areas(tmp_path / "as it is") == [-1, 0, 192, 192] and areas(tmp_path / "filled") == [96, 96, 192, 192]
 
 
 @pytest.mark.parametrize("change, told", [({}, None), (dict(root="data/quadruped"), "data/mine"), (dict(run="data/runs/quadruped"), "data/runs/mine")])
@@ -120,7 +153,7 @@ def test_the_whole_notebook_with_thirty_pictures(tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     book = notebooks.read(NOTEBOOK)
     first = next(c for c in book.cells if c.cell_type == "code")
-    mine = dict(pictures=str(pictures), coco_file=str(file), root="data/my newts", run="data/runs/my newts", start="data/runs/tiny", settings=SHORT)
+    mine = dict(pictures=str(pictures), coco_file=str(file), root="data/my newts", run="data/runs/my newts", start="data/runs/tiny", group="", settings=SHORT)
     assert {node.targets[0].id for node in ast.parse(first.source).body} == set(mine), "the first cell names these and nothing else"
     first.source = "\n".join(f"{name} = {value!r}" for name, value in mine.items())
     notebooks.write(book, home / "nbs/72_your_own.ipynb")
