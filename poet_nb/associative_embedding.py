@@ -189,9 +189,11 @@ def decode(
     k = torch.arange(K, device=device)
     at_peaks = tags[k[:, None], places[..., 1], places[..., 0]]
     who = torch.from_numpy(group(heights.cpu().numpy(), at_peaks.cpu().numpy(), ae)).to(device)
+    scores = torch.where(who >= 0, heights[k, who.clamp(min=0)], 0.).mean(1)
+    kept = scores.argsort(descending=True, stable=True)[:ae.max_people].sort().values      # the others are stray peaks, a joint or two each
+    who, scores = who[kept], scores[kept]
     has, pick = who >= 0, who.clamp(min=0)
     confidence, xy = torch.where(has, heights[k, pick], 0.), places[k, pick]
-    scores = confidence.mean(1)
     for p in range(len(who)):
         best, at = complete(heatmaps, tags, at_peaks[k, pick[p]][has[p]].mean(0))
         new = ~has[p] & (best > 0)

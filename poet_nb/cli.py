@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
            'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'data_split', 'with_settings',
-           'usable_device', 'split_remedy', 'find_data', 'check_data', 'adapt_model', 'train_config', 'lost_weights',
-           'check_resume', 'weights_of', 'report_run', 'run_train', 'load_run', 'layer_index', 'model_named',
-           'model_of', 'eval_model', 'score_run', 'unlabelled_images', 'write_submission', 'table_text', 'more_numbers',
-           'run_eval', 'expand_sources', 'overlay_path', 'subfolder', 'PredictJob', 'predict_images',
-           'predict_frames_of', 'local_files', 'run_job', 'common_folder', 'write_labels', 'run_predict', 'run_export',
-           'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command', 'check_software',
-           'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets', 'doctor_config',
-           'typical_size', 'check_people', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
+           'usable_device', 'split_remedy', 'check_images', 'find_data', 'check_data', 'adapt_model', 'fitting_preset',
+           'train_config', 'lost_weights', 'check_resume', 'weights_of', 'report_run', 'few_queries', 'odd_schedule',
+           'check_training', 'run_train', 'load_run', 'layer_index', 'model_named', 'model_of', 'eval_model',
+           'same_names', 'score_run', 'unlabelled_images', 'write_submission', 'table_text', 'more_numbers',
+           'renumbered', 'read_results', 'run_eval', 'expand_sources', 'overlay_path', 'subfolder', 'PredictJob',
+           'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'common_folder', 'write_labels',
+           'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command',
+           'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets',
+           'doctor_config', 'typical_size', 'check_people', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import groupby
@@ -31,18 +34,18 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
-from .config import CheckpointError, Config, ConfigError, DataError, PoetError, load_config, override, preset, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, write_atomic
 from .keypoints import COCO_PERSON, Skeleton, lone_sides
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
-from .coco import COCO_URL, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, open_coco, open_split, splits_of
+from .coco import COCO_URL, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, missing_images, open_coco, open_split, splits_of
 from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
 from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, best_line, bf16_speed, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, sizes_of
+from .engine import autocast_dtype, best_line, bf16_speed, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .transforms import shortest_side
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
@@ -201,7 +204,8 @@ def at_least(
 )->Callable: # a `type` for an option
     "Whole numbers from `low` up."
     def whole(text):
-        if not re.fullmatch(r"\d{1,9}", text) or int(text) < low: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        if not re.fullmatch(r"\d+", text, re.A) or int(text[:20]) < low: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        if len(text) > 9: raise argparse.ArgumentTypeError(f"{text:.20} is too large; {10**9 - 1:,} is the most")
         return int(text)
     return whole
 
@@ -326,16 +330,29 @@ def split_remedy(
     return f"a split NAME is a folder NAME of pictures and the file annotations/person_keypoints_NAME.json, keypoints_NAME.json or NAME.json ({layout}); --data names another dataset"
 
 # %% ../nbs/33_cli.ipynb #e9720b0a
+def check_images(
+    data:CocoKeypoints,
+    root:Path,      # dataset folder
+    few:bool=False, # True: an error only if not one is there
+)->str: # which are missing, and what helps; "" none
+    "Are the images of a split there? Raises: DataError."
+    if not (lost := missing_images(data)): return ""
+    text, remedy = f"{len(lost):,} of the {len(data):,} images of {data.annotations_file} are not there, the first is {lost[0]}", split_remedy(root, data.annotations_file.name)
+    if few and len(lost) < len(data): return f"{text}; they are passed over, and others take their places"
+    raise DataError(f"{text}; restore them, or mend field file_name of the annotations; {remedy if remedy.startswith('`poet data') else '--data names another dataset'}")
+
 def find_data(
     config:Config,
     splits:list[str], # those that are needed
 )->CocoKeypoints: # the last of them
-    "Open a dataset. Raises: DataError that says how to get it."
+    "Open a dataset. Raises: DataError that says how to get it, or that images of the last split are not there."
     root = Path(config.data.root)
     for file in (annotation_file(root, split) for split in splits):
         there = [f.name for f in sorted(root.glob("annotations/*.json"))]
         if not file.is_file(): raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(there[:6]) + ')' if there else ''}; {split_remedy(root, file.name)}")
-    return open_split(config.data, splits[-1])
+    data = open_split(config.data, splits[-1])
+    check_images(data, root)
+    return data
 
 def check_data(
     config:Config,
@@ -359,19 +376,30 @@ def adapt_model(
     return (override(config, **changes), told) if changes else (config, "")
 
 # %% ../nbs/33_cli.ipynb #bf355e74
+def fitting_preset(
+    init:str|None, # weights that no config.json describes, as for `weights_of`; None: none
+)->str: # name of a preset
+    "The preset of a run that starts from some weights. Raises: CheckpointError."
+    if not init or init == "official" and not Path(init).exists(): return "poet_r50" if init else "poet_tiny"
+    file = weights_of(init)
+    content = read_weights(file)
+    if layout(state_of(content, file)) == "poet": return "poet_tiny"
+    return "poet_dc5_r50" if read_options(content.get("args"), file).get("stride") == 16 else "poet_r50"
+
 def train_config(
     args:argparse.Namespace, # of `poet train`
 )->Config:
     "The configuration that the options of `poet train` ask for. Raises: ConfigError."
     if args.preset and args.config: raise ConfigError("--preset and --config: give one of the two; single settings are changed with --set")
+    source = Path(args.init) if args.init and not is_url(args.init) else None
     if args.config: config = load_config(args.config)
     elif args.preset: config = preset(args.preset)
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
-    elif args.init and is_url(args.init): config = preset("poet_tiny")
-    elif args.init and Path(args.init).is_dir(): config = load_config(args.init)
-    elif args.init and Path(args.init).is_file() and Path(args.init).with_name("config.json").is_file(): config = load_config(Path(args.init).parent)
-    elif args.init and not Path(args.init).exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
-    else: config = preset("poet_tiny")
+    elif args.resume and (args.run / "checkpoint.pt").is_file(): config = config_from_dict(read_checkpoint(args.run)["config"], f"{args.run / 'checkpoint.pt'}") # config.json was lost
+    elif source and source.is_dir(): config = load_config(source)
+    elif source and source.is_file() and source.with_name("config.json").is_file(): config = load_config(source.parent)
+    elif source and not source.exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
+    else: config = preset(fitting_preset(args.init))
     return with_settings(config, args)
 
 # %% ../nbs/33_cli.ipynb #6692db3b
@@ -396,7 +424,8 @@ def check_resume(
         remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"
         raise CheckpointError(f"{run}: has results but no checkpoint.pt (committed runs have none), so it can't be gone on with; {remedy}")
     facts = run / "environment.json"
-    begun = json.loads(facts.read_bytes()).get("init") if facts.is_file() else None
+    try: begun = json.loads(facts.read_bytes()).get("init")
+    except (OSError, ValueError, AttributeError): begun = None
     if begun and not init: raise CheckpointError(f"{run}: was stopped before its first checkpoint, and had begun from other weights: give --init {shlex.quote(begun['path'])} again, with --resume")
 
 # %% ../nbs/33_cli.ipynb #14923517
@@ -430,6 +459,42 @@ def report_run(
     return 0 if is_finished(log, config) else 130
 
 # %% ../nbs/33_cli.ipynb #31684d7c
+def few_queries(
+    data:CocoKeypoints,
+    config:Config,
+)->str: # what is wrong and what helps; "" nothing
+    "Are there images with more people than the model can find?"
+    most, m = int(data.index.people.count(config.data.unposed == "nobody").max(initial=0)), config.model
+    if m.method != "poet" or most <= m.num_queries: return ""
+    return f"{data.annotations_file}: up to {most} of {', '.join(data.index.names)} in an image, but the model finds at most model.num_queries={m.num_queries}: train with --set model.num_queries={most}"
+
+def odd_schedule(
+    config:Config,
+    steps:int, # of the whole run
+)->str: # what is wrong and what helps; "" nothing
+    "Does a schedule end before it has begun?"
+    t = config.train
+    if t.schedule == "step" and t.lr_drops and min(t.lr_drops) >= t.epochs:
+        return f"the learning rate never falls: train.lr_drops={list(t.lr_drops)} lie behind the last of {t.epochs} epochs; --set train.lr_drops=[{max(2 * t.epochs // 3, 1)}], or train.schedule=cosine"
+    if 0 < steps < 2 * t.warmup_steps: return f"train.warmup_steps={t.warmup_steps} are {'all' if steps <= t.warmup_steps else 'most'} of the {steps:,} steps of this run; --set train.warmup_steps={steps // 10}, or more epochs"
+    return ""
+
+
+#| export
+def check_training(
+    config:Config,
+    val:CocoKeypoints, # opened
+)->int: # images per step
+    "Look at the training images, and warn of what is seldom meant. Raises: DataError where not one image is there."
+    d, t = config.data, config.train
+    data = open_split(d, d.train, with_people_only=d.with_people_only, posed_only=d.unposed == "nobody")
+    size = min(t.batch_size // t.accumulate, len(data)) * t.accumulate
+    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1)))):
+        if text: warnings.warn(text)
+    return size
+
+
+#| export
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
@@ -448,7 +513,7 @@ def run_train(
     config, told = train_config(args), []
     device, d, t = usable_device(config.train.device), config.data, config.train
     init = weights_of(args.init, config.model.stride) if args.init else None
-    gone_on = args.resume and not (args.preset or args.config) and (args.run / "config.json").is_file() # with the run's own configuration
+    gone_on = args.resume and not (args.preset or args.config) and any((args.run / name).is_file() for name in ("config.json", "checkpoint.pt")) # with the run's own configuration
     data = find_data(config, [d.train, d.val])
     config, changed = adapt_model(config, data, set(sizes_of(data)) if gone_on else {word.partition("=")[0].replace("__", ".") for word in args.set})
     check_sizes(config, data)
@@ -456,8 +521,8 @@ def run_train(
     if init: told = start_from(init, config, data.categories)[1]
     if not args.quiet and changed: print(changed)
     if not args.quiet and told: print(f"{init}: everything taken over but new ones for " + "; ".join(told))
-    pre = f" after {t.pretrain_epochs} of pre-training" if t.pretrain_epochs and not init else ""
-    if not args.quiet: print(f"{config.name} on {device}: {t.epochs} epochs{pre}, {t.batch_size} images a step, {d.root}/{d.train} -> {args.run}")
+    size, pre = check_training(config, data) if is_main() else t.batch_size, f" after {t.pretrain_epochs} of pre-training" if t.pretrain_epochs and not init else ""
+    if not args.quiet: print(f"{config.name} on {device}: {t.epochs} epochs{pre}, {size} images per step, {d.root}/{d.train} -> {args.run}")
     with explain_memory(memory_remedy(config)): log = fit(config, args.run, args.resume, not args.quiet, init)
     if not is_main(): return 0 if is_finished(log, config) else 130
     return report_run(args.run, config, log)
@@ -523,6 +588,16 @@ def eval_model(
     layer_index(args.layer, config)
     return model.to(usable_device(config.train.device)), config
 
+def same_names(
+    data:CocoKeypoints,
+    names:list[str], # of the categories that a run has learnt, one per label
+)->None:
+    "Warns where the data's only category has another name. Raises: DataError where there are several, since labels would stand for others."
+    if names == data.index.names: return
+    text = f"{data.annotations_file}: its categories ({', '.join(data.index.names)}) are not those that the run has learnt ({', '.join(names)})"
+    if len(names) > 1: raise DataError(f"{text}, in this order; name and order them in the file's list as the run does, their ids may stay, or name another dataset with --data")
+    warnings.warn(f"{text}; scored as if they were")
+
 def score_run(
     args:argparse.Namespace, # of `poet eval`
 )->tuple[CocoKeypoints, list]: # the split, results in COCO's format
@@ -531,6 +606,7 @@ def score_run(
     if args.split: config = override(config, **{"data.val": json.dumps(args.split)})
     data, device = check_data(config, [config.data.val]), next(model.parameters()).device
     known, told = (model.skeleton.keypoints, getattr(model, "categories", None)) if model.skeleton else ((), None)
+    if told: same_names(data, [c["name"] for c in told])
     if (told or known == COCO_PERSON.keypoints) and known != data.skeleton.keypoints:
         raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known)}); --data names another dataset" +
                         ("" if told else ". The run has no skeleton.json, so its 17 joints count as COCO's person's; if they are those of the data, copy skeleton.json from where it was trained"))
@@ -593,6 +669,39 @@ def more_numbers(
     return more | (dict(joints=joint_errors(truth, results, args.joints, images=args.images)) if args.joints is not None else {})
 
 # %% ../nbs/33_cli.ipynb #9b5c8e21
+def renumbered(
+    coco:dict,  # predictions.json of `poet predict`: images, annotations, categories
+    truth,      # of `load_ground_truth`
+    where:Path, # what to call the predictions in a message
+)->list[dict]: # in COCO's results format
+    "Predictions with the numbers of an annotation file, which has images and categories of the same names. Raises: DataError."
+    images = {Path(i.get("file_name") or "").as_posix(): i["id"] for i in truth.dataset["images"]}
+    last = Counter(Path(name).name for name in images)
+    alone, kinds = {Path(name).name: i for name, i in images.items() if last[Path(name).name] == 1}, {c.get("name"): c["id"] for c in truth.dataset["categories"]}
+    def number(name):
+        parts = Path(name).parts
+        return next((images[tail] for k in range(len(parts)) if (tail := "/".join(parts[k:])) in images), alone.get(Path(name).name))
+    try: ids, names, people = {i["id"]: number(i["file_name"]) for i in coco["images"]}, {c["id"]: c["name"] for c in coco["categories"]}, [{f: a[f] for f in ("image_id", "category_id", "keypoints", "score")} for a in coco["annotations"]]
+    except (KeyError, TypeError) as error: raise DataError(f"{where}: neither a list of results in COCO's format nor a predictions.json of `poet predict` ({type(error).__name__} {error})") from None
+    known = [i for i in ids.values() if i is not None]
+    if not known: raise DataError(f"{where}: not one of its {len(ids)} images has a name that is in {truth.name}; predict the images of that file")
+    if len(set(known)) < len(known): raise DataError(f"{where}: several of its images have the name of one in {truth.name}; predict each image once, and no videos")
+    if n := len(ids) - len(known): warnings.warn(f"{where}: {n} of its {len(ids)} images are not in {truth.name}, and are left out")
+    if n := len(set(truth.image_ids.tolist()) - set(known)): warnings.warn(f"{where}: has nothing about {n} of the {len(truth.image_ids)} images of {truth.name}; people there count as missed")
+    return [a | dict(image_id=ids[a["image_id"]], category_id=kinds.get(names.get(a["category_id"]), a["category_id"])) for a in people if ids.get(a["image_id"]) is not None]
+
+def read_results(
+    file:Path, # results in COCO's format, or predictions.json
+    truth,     # of `load_ground_truth`
+): # as `load_results` gives it
+    "Results from a file of either kind. Raises: DataError."
+    if not file.is_file() or file.open("rb").read(100).lstrip()[:1] != b"{": return load_results(file)
+    try: coco = json.loads(file.read_bytes())
+    except ValueError: return load_results(file)           # which says what is wrong
+    return replace(load_results(renumbered(coco, truth, file)), name=str(file))
+
+
+#| export
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",
          "poet eval --run data/runs/tiny --data data/synth",
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS, _DATA,
@@ -602,7 +711,7 @@ def more_numbers(
          option("--engine", choices=["numpy", "pycocotools"], default="numpy", help="the same numbers (default: numpy)"),
          option("--joints", type=share, nargs="?", const=0., metavar="SCORE", help="also the error of each joint in pixels, and how many are missed; predictions with a score below SCORE left out (default: none)"),
          option("--by-category", action="store_true", help="also the ten numbers of each category by itself"),
-         option("--results", type=Path, metavar="FILE", help="score this file of COCO results instead of a run"),
+         option("--results", type=Path, metavar="FILE", help="score this file instead of a run: COCO results, or predictions.json of `poet predict --threshold 0`, whose images are found by their names"),
          option("--annotations", type=Path, metavar="FILE", help="COCO keypoint file that belongs to --results"),
          option("--out", type=Path, metavar="FILE", help="write the predictions in COCO's results format; for test-dev the folder of the zip"),
          option("--name", metavar="NAME", help="what COCO's server shall call the method (default: the configuration's name)"),
@@ -622,7 +731,8 @@ def run_eval(
     if args.out and args.out.is_dir(): raise PoetError(f"{args.out}: this is a folder; name a file in it, such as {args.out / 'results.json'}")
     if args.out: args.out.parent.mkdir(parents=True, exist_ok=True)
     truth, results = (args.annotations, args.results) if args.results else score_run(args)
-    truth, results = load_ground_truth(truth), load_results(results)
+    truth = load_ground_truth(truth)
+    results = read_results(results, truth) if args.results else load_results(results)
     numbers, more = evaluate_keypoints(truth, results, images=args.images, engine=args.engine, verbose=not args.json), more_numbers(truth, results, args)
     if args.json: print(json.dumps(numbers | more))
     for rows in () if args.json else more.values(): print("\n" + table_text(rows))
@@ -848,7 +958,9 @@ def run_export(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
     "`poet export`: translate, write, compare."
-    kind = args.format or ("pt2" if args.out and args.out.suffix == ".pt2" else "onnx")
+    ending = args.out.suffix.lower() if args.out else ""
+    if ending not in ("", ".onnx", ".pt2") and not args.format: raise ConfigError(f"--out {args.out}: the ending {ending} names no format; take .onnx or .pt2, or say which it is with --format")
+    kind = args.format or ("pt2" if ending == ".pt2" else "onnx")
     model = model_named(args.source, args.weights)
     out = args.out or Path(f"{Path(model.config.name).name}.{kind}")
     with explain_memory("close other programs"):
@@ -876,6 +988,11 @@ def figure_job(
 )->tuple[list[str], dict]: # command, environment
     "How to execute the figure notebooks in a copy. Raises: DataError, ConfigError, PoetError."
     if not find_spec("nbclient"): raise PoetError("executing notebooks needs nbclient: pip install -e '.[dev]', or `make install`, in the repository")
+    stems = [file.stem for file in sorted((checkout / "nbs").glob("*.ipynb"))]
+    for word in args.notebooks:
+        name = Path(word).stem if word.endswith(".ipynb") else Path(word).name
+        if not any(fnmatch(stem, name) or stem.split("_")[0] == name for stem in stems):
+            raise PoetError(f"{word}: no notebook has this number or name; those of the figures and tables: {', '.join(s for s in stems if fnmatch(s, '[56]*_*'))}")
     run, root = args.run or checkout / _RUN, args.data or checkout / "data" / "synth"
     truth = annotation_file(root, load_config(run).data.val)
     if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --folder {shlex.quote(str(root))} --train 0` draws the validation images, --data names another dataset")
@@ -1054,6 +1171,7 @@ def check_people(
     except DataError as error:
         yield "error", "people", str(error)
         return
+    if text := few_queries(data, config): yield "warning", "queries", text.removeprefix(f"{data.annotations_file}: ")
     people, stride, name = data.index.people, config.model.stride, data.index.names[0]
     seen, xy, box = people.visibility > 0, people.keypoints, people.boxes[:, None]
     if xy[seen].max() <= 1:
@@ -1080,6 +1198,7 @@ def check_dataset(
             warnings.simplefilter("always")
             try:
                 data, failed = open_split(config.data, split, root), None
+                check_images(data, root)
                 for i in range(0, len(data), max(len(data) // images, 1)): data.load(i)
             except PoetError as error: failed = error
         for text in dict.fromkeys(str(w.message).removeprefix(f"{annotation_file(root, split)}: ") for w in told): yield "warning", str(root / split), text
@@ -1101,13 +1220,18 @@ def check_run(
     "Can the model of a run be loaded, and how far did it come?"
     try:
         config = load_config(run)
-        log = read_metrics(run).iloc[-1] if (run / "metrics.jsonl").is_file() else None
+        log = read_metrics(run) if (run / "metrics.jsonl").is_file() else None
         if lost_weights(run): return "ok", f"{config.name}, results without weights"
         if not (run / "model.safetensors").is_file(): return "warning", f"{config.name}, no weights yet; `poet train --run {shlex.quote(str(run))} --resume` goes on"
         load_run(run)
     except PoetError as error: return "error", f"{explain(error)}; restore the file, or train again"
     text = f"{config.name}, weights load"
-    if log is not None: text += f", epoch {int(log['epoch'])} of {config.train.epochs}" + (f", AP {log['coco/AP']:.3f}" if "coco/AP" in log else "")
+    if log is None: return "ok", text
+    last, scored = int(log["epoch"].iloc[-1]), log.dropna(subset="coco/AP") if "coco/AP" in log else log[:0]
+    text += f", epoch {last} of {config.train.epochs}"
+    if len(scored):                                                                     # what the weights came to
+        kept = scored.loc[scored["coco/AP"].idxmax()] if config.train.keep == "best" else scored.iloc[-1]
+        text += f", AP {kept['coco/AP']:.3f}" + f" after epoch {int(kept['epoch'])}" * int(kept["epoch"] != last)
     return "ok", text
 
 def check_runs(

@@ -6,9 +6,9 @@
 __all__ = ['BOX_SHARE', 'ANNOTATIONS', 'COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image', 'read_annotations', 'column',
            'ImageTable', 'image_table', 'keypoint_categories', 'PersonTable', 'check_ids', 'complete_people',
            'odd_people', 'check_poses', 'forget_outside', 'person_table', 'CocoIndex', 'index_coco', 'image_target',
-           'CocoKeypoints', 'annotation_file', 'splits_of', 'open_coco', 'open_split', 'check_posed', 'check_alike',
-           'group_images', 'set_aside', 'lay_out', 'describe', 'Source', 'one_at_a_time', 'fetch', 'file_sha256',
-           'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images', 'download_coco']
+           'CocoKeypoints', 'missing_images', 'annotation_file', 'splits_of', 'open_coco', 'open_split', 'check_posed',
+           'check_alike', 'group_images', 'set_aside', 'lay_out', 'describe', 'Source', 'one_at_a_time', 'fetch',
+           'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
 import errno, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
@@ -101,11 +101,12 @@ def read_image(
     bits:int=16, # see `rgb_array`
 )->Tensor: # (3, H, W) uint8 RGB, in memory as (H, W, 3)
     "Read an image of any kind. Raises: DataError naming the file, the reason and the remedy."
-    try: image = _decode(_content(path), size if size is None else tuple(size), bits)
-    except FileNotFoundError: raise DataError(f"{path}: there is no such image; download it, or mend field file_name of the annotations") from None
+    annotated = size is not None
+    try: image = _decode(_content(path), tuple(size) if annotated else None, bits)
+    except FileNotFoundError: raise DataError(f"{path}: there is no such image; " + ("download it, or mend field file_name of the annotations" if annotated else "is the path right?")) from None
     except Exception as error: # PIL alone has a dozen kinds for files that are not what they seem
-        raise DataError(f"{path}: not a readable image ({error!s:.200}); replace the file or take it out of the annotations") from error
-    if size is not None and tuple(image.shape[1:]) != tuple(size):
+        raise DataError(f"{path}: not a readable image ({error!s:.200}); replace the file" + " or take it out of the annotations" * annotated) from error
+    if annotated and tuple(image.shape[1:]) != tuple(size):
         raise DataError(f"{path}: the image has {image.shape[2]} x {image.shape[1]} pixels, but fields width and height of its annotation "
                         f"say {size[1]} x {size[0]}: the joints would be in the wrong place. Restore the original image or mend the annotations")
     return image
@@ -540,6 +541,15 @@ def _bad_images(self,
 
 CocoKeypoints.bad_images = _bad_images
 
+# %% ../nbs/04_coco.ipynb #4564405c
+def missing_images(
+    data:CocoKeypoints,
+)->list[Path]: # in the order of the file
+    "The images of a dataset that are not there, by one look into each of their folders."
+    paths = [os.path.join(data.images, name.decode()) for name in data.index.images.file_names[data.rows].tolist()]
+    there = {folder: {entry.name for entry in os.scandir(folder) if entry.is_file()} if os.path.isdir(folder) else set() for folder in set(map(os.path.dirname, paths))}
+    return [Path(p) for p in paths if os.path.basename(p) not in there[os.path.dirname(p)] and not os.path.isfile(p)] # asked again: some disks take A.JPG for a.jpg
+
 # %% ../nbs/04_coco.ipynb #479d625e
 ANNOTATIONS = ("person_keypoints_{}.json", "keypoints_{}.json", "{}.json") # of a split, in root/annotations
 
@@ -635,6 +645,17 @@ def set_aside(
     part = lambda inside: [image for i, group in enumerate(groups) if (i in chosen) == inside for image in group]
     return part(True), part(False)
 
+# %% ../nbs/04_coco.ipynb #5afa0fab
+def _refuse_other(root, pictures, parts):
+    "Raises: DataError where a folder holds something else than a part, such as another dataset or the pictures themselves."
+    for split, part in parts.items():
+        file, folder = root / "annotations" / f"person_keypoints_{split}.json", root / split
+        names = {image["file_name"] for image in part["images"]}
+        other = next((path for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in names), None) # none if there is no folder
+        if file.exists() and file.read_bytes() != json.dumps(part).encode(): other = file
+        if folder.resolve() in (pictures.resolve(), *pictures.resolve().parents): other = folder
+        if other: raise DataError(f"{root}: holds something else already ({other}); nothing is written, choose a new folder")
+
 # %% ../nbs/04_coco.ipynb #2cde47e3
 def _below(folder, name):
     "Is there a file of that name in a folder, and not beside it?"
@@ -660,13 +681,16 @@ def lay_out(
     aside, rest = set_aside(groups, max(1, round(val * len(coco["images"])) if val else min(100, len(coco["images"]) // 5)))
     for a in coco["annotations"] if area else ():
         if not a.get("area") and not _number_problem(a.get("bbox"), 4): a["area"] = area * a["bbox"][2] * a["bbox"][3]
+    parts = {}
     for split, chosen in (("val2017", aside), ("train2017", rest)):
         ids = {image.get("id") for image in chosen}
-        for name in (image["file_name"] for image in chosen):
+        parts[split] = coco | dict(images=chosen, annotations=[a for a in coco["annotations"] if a.get("image_id") in ids])
+    _refuse_other(Path(root), Path(pictures), parts)
+    for split, part in parts.items():
+        for name in (image["file_name"] for image in part["images"]):
             (copy := Path(root) / split / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(pictures) / name, copy)
         (Path(root) / "annotations").mkdir(exist_ok=True)
-        part = coco | dict(images=chosen, annotations=[a for a in coco["annotations"] if a.get("image_id") in ids])
         write_atomic(Path(root) / "annotations" / f"person_keypoints_{split}.json", json.dumps(part).encode())
     return dict(train2017=len(rest), val2017=len(aside))
 

@@ -228,7 +228,8 @@ class Config:
                               f"({self.model.nheads}) and by 4 (sine positions of two axes)")
         if self.train.batch_size % self.train.accumulate:
             raise ConfigError(f"field train.accumulate: {self.train.accumulate} must divide train.batch_size ({self.train.batch_size})")
-
+        if not Path(str(self.name).strip()).name: raise ConfigError(f"field name: {self.name!r} is none, and files are called after it; give one, such as {Config.name}")
+        if self.train.seed >= 2**32: raise ConfigError(f"field train.seed: {self.train.seed} is too large; it must be below 2**32 ({2**32}), as NumPy wants it")
         if self.model.stride == 4 and self.model.method != "ae":
             raise ConfigError("field model.stride: 4 is not one of 8, 16, 32; only method \"ae\" has it")
         if self.ae.nms % 2 == 0: raise ConfigError(f"field ae.nms: {self.ae.nms} must be odd, so that the window has a middle")

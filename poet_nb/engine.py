@@ -11,15 +11,17 @@ __all__ = ['PRETRAINING', 'METHODS', 'LOGS', 'choose_device', 'cpu_capabilities'
            'compact', 'people_an_image', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint',
            'write_checkpoint', 'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped',
            'stop_requests', 'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line',
-           'is_finished', 'check_folder', 'make_folder', 'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of',
-           'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
+           'is_finished', 'check_folder', 'make_folder', 'note_environment', 'data_mark', 'only_here',
+           'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit',
+           'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from importlib import import_module
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -382,6 +384,8 @@ class RunState:
     sums:dict = field(default_factory=dict)   # running sums of the present epoch
     seconds:float = 0.              # training time of the present epoch
     bad_steps:int = 0               # non-finite steps in a row
+    good_steps:int = 0              # finite ones since this process began
+    data:str = ""                   # which images and joints it has seen (`data_mark`)
     outcome:object = None           # a step of which it is not known yet whether it was finite (`Outcome`, below)
 
 # %% ../nbs/31_engine.ipynb #3ca66440
@@ -621,7 +625,7 @@ def save_checkpoint(
     rng = gathered((torch.get_rng_state(), device_numbers(next(state.task.parameters()).device)))
     content = dict(config=config.to_dict(), phase=state.phase, task=state.task.state_dict(), optimizer=state.optimizer.state_dict(), scaler=state.scaler.state_dict(),
                    ema=state.ema.state_dict() if state.ema is not None else None, epoch=state.epoch, batch=state.batch, sums=mean_sums(state.sums),
-                   seconds=state.seconds, rng=rng)
+                   seconds=state.seconds, rng=rng, data=state.data)
     on_main(lambda: write_checkpoint(content, Path(folder)))
 
 # %% ../nbs/31_engine.ipynb #541f9189
@@ -653,8 +657,9 @@ def read_checkpoint(
             if not isinstance(found, dict) or not {"config", "phase", "task"} <= found.keys(): raise ValueError("no checkpoint of a run")
             if errors: print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
             return found
-        except Exception as e: errors.append(f"{path}: not readable ({type(e).__name__})")
-    raise CheckpointError("; ".join(errors) + "; nothing to resume, start without resume")
+        except Exception as e: errors.append(f"{path}: cut off or damaged ({type(e).__name__})")
+    weights = f"start another run from its weights (--init {folder})" if (Path(folder)/"model.safetensors").exists() else "start anew in another folder"
+    raise CheckpointError("; ".join(errors) + f"; nothing to go on from: {weights}")
 
 # %% ../nbs/31_engine.ipynb #2be82788
 def config_differences(
@@ -696,6 +701,7 @@ def restore(
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
     if state.ema is not None: state.ema.load_state_dict(found["ema"])
     for name in ("epoch", "batch", "sums", "seconds"): setattr(state, name, found[name])
+    state.data = found.get("data", "") # not in older checkpoints
     rng = found["rng"] if isinstance(found["rng"], list) else [(found["rng"], found["cuda_rng"][0] if found["cuda_rng"] else torch.empty(0))] # one, in older checkpoints
     if rank() >= len(rng): seed_process(config.train.seed, 1000 * state.epoch + state.batch); return state  # there were fewer processes
     torch.set_rng_state(rng[rank()][0])
@@ -733,15 +739,16 @@ def _grouped(loader, n):
 
 # %% ../nbs/31_engine.ipynb #4f9c8fed
 def _note_bad_step(state, error, parts, batch, config, folder):
-    "Record a step that was not applied; after `nonfinite_patience` in a row save the last good state and raise."
+    "Record a step that was not applied; after `nonfinite_patience` in a row save the last good state, if it is a new one, and raise."
     state.bad_steps += 1
     images = sum(gathered([int(x["image_id"]) for _, ts in parts for x in ts]), [])
     line = dict(phase=state.phase, epoch=state.epoch + 1, batch=batch, images=images, error=str(error),
                 terms={k: v if math.isfinite(v) else str(v) for k, v in error.terms.items()})
     on_main(lambda: append_line(folder/"nonfinite.jsonl", line))
     if state.bad_steps < config.train.nonfinite_patience: return
-    save_checkpoint(state, config, folder)
-    raise NonFiniteError(f"{state.bad_steps} steps in a row were not finite, the last: {error}; see {folder/'nonfinite.jsonl'}")
+    if state.good_steps: save_checkpoint(state, config, folder)                            # else it is the one that this process began with
+    raise NonFiniteError(f"{state.bad_steps} steps in a row were not finite, the last: {error}; see {folder/'nonfinite.jsonl'}. If --resume comes to the same, remove {folder/'checkpoint.pt'} to go on "
+                         f"from the checkpoint before it, or start another run from these weights with a smaller train.lr (--init {folder})")
 
 # %% ../nbs/31_engine.ipynb #7c0aafaa
 def settle(
@@ -753,7 +760,7 @@ def settle(
     "Ask how a step went and write it down. Raises: NonFiniteError after too many in a row."
     if outcome is state.outcome: state.outcome = None
     if outcome is None: return
-    try: outcome.check(); state.bad_steps = 0
+    try: outcome.check(); state.bad_steps, state.good_steps = 0, state.good_steps + 1
     except NonFiniteError as e: _note_bad_step(state, e, outcome.parts, outcome.batch, config, folder)
 
 # %% ../nbs/31_engine.ipynb #5676a2eb
@@ -777,7 +784,7 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
         except NonFiniteError as e: error = e
         settle(state, earlier, config, folder)                                             # its number has come while this step was matched
         if error is not None: _note_bad_step(state, error, parts, state.batch, config, folder); state.batch += 1
-        elif state.outcome is None: state.bad_steps = 0
+        elif state.outcome is None: state.bad_steps, state.good_steps = 0, state.good_steps + 1
         bar.update()
         now = time.monotonic(); state.seconds = before + now - begun
         stop, due = totals(asked.is_set(), now - saved > 60 * t.checkpoint_minutes)        # what one process asks for, all do
@@ -785,9 +792,10 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
         if stop: raise Stopped
     bar.close()
     settle(state, state.outcome, config, folder)
-    if is_scored(state.phase, state.epoch + 1, config): save_checkpoint(state, config, folder) # whatever evaluation may meet, the epoch is not lost
     sums = mean_sums(state.sums)
-    return {k: float(v) / max(float(sums.get("steps", 0)), 1) for k, v in sums.items() if k != "steps"}
+    if not sums.get("steps"): raise NonFiniteError(f"no step of {state.phase} epoch {state.epoch + 1} was finite; see {folder/'nonfinite.jsonl'}, and lower train.lr")
+    if is_scored(state.phase, state.epoch + 1, config): save_checkpoint(state, config, folder) # whatever evaluation may meet, the epoch is not lost
+    return {k: float(v) / float(sums["steps"]) for k, v in sums.items() if k != "steps"}
 
 # %% ../nbs/31_engine.ipynb #219c26e9
 LOGS = {"pretrain": "pretrain.jsonl", "poet": "metrics.jsonl"} # the log of each phase
@@ -817,7 +825,7 @@ def cut_log(
     for line in Path(path).read_text().splitlines():
         try:
             if json.loads(line)["epoch"] <= epoch: keep.append(line)
-        except (json.JSONDecodeError, KeyError): break
+        except (json.JSONDecodeError, KeyError): pass
     write_atomic(path, "".join(l + "\n" for l in keep))
 
 # %% ../nbs/31_engine.ipynb #9a4328fd
@@ -872,6 +880,51 @@ def make_folder(
     write_atomic(folder/"environment.json", json.dumps(environment(config, device) | start, indent=1) + "\n")
     for name in LOGS.values(): (folder/name).unlink(missing_ok=True)
 
+# %% ../nbs/31_engine.ipynb #79614550
+def note_environment(
+    config:Config,
+    folder:Path,
+    device:torch.device,
+)->None:
+    "Add to environment.json what a run goes on with, where it is not what it had."
+    file, now = folder/"environment.json", environment(config, device)
+    try: facts = json.loads(file.read_bytes())
+    except (OSError, ValueError): facts = {}                                               # removed or damaged: the present one is better than none
+    before = facts.get("resumed", [facts])[-1]
+    if all(before.get(name) == value for name, value in now.items()): return
+    facts = dict(facts, resumed=[*facts.get("resumed", []), now]) if facts else now
+    write_atomic(file, json.dumps(facts, indent=1) + "\n")
+
+# %% ../nbs/31_engine.ipynb #afeacc58
+def data_mark(
+    train:CocoKeypoints,
+    val:CocoKeypoints,
+)->str: # hexadecimal
+    "A checksum of the images, categories and joints of both splits."
+    seen = [[d.image_ids, list(d.index.names), list(d.skeleton.keypoints)] for d in (train, val)]
+    return sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+# %% ../nbs/31_engine.ipynb #a7dc9f1b
+@contextmanager
+def only_here(
+    folder:Path, # run folder
+)->Iterator[None]:
+    "Let no other process train in a run folder meanwhile, where the system has such locks. Raises: CheckpointError if one does."
+    file = folder/".lock"
+    def take():
+        try: import fcntl
+        except ImportError: return None                                                     # Windows
+        held = open(file, "w")
+        try: fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN): raise CheckpointError(f"{folder}: another process trains in this folder; wait for it, or choose another folder") from None
+        return held                                                                         # other errors: network file systems without locks
+    held = []
+    on_main(lambda: held.append(take()))
+    try: yield
+    finally:
+        for lock in filter(None, held): file.unlink(missing_ok=True); lock.close()
+
 # %% ../nbs/31_engine.ipynb #ff5545dd
 def finish_pretraining(
     state:RunState,
@@ -883,7 +936,7 @@ def finish_pretraining(
     if config.model.backbone_norm == "frozen": freeze_batchnorm(model.backbone)
     model.config = config
     seed_decoder(model)
-    return start_phase("poet", model, config, device)
+    return replace(start_phase("poet", model, config, device), data=state.data)
 
 # %% ../nbs/31_engine.ipynb #f39b2415
 def leave_results(
@@ -900,12 +953,10 @@ def leave_results(
 # %% ../nbs/31_engine.ipynb #86fef964
 def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation, progress:bool=True, asked:threading.Event|None=None)->dict:
     "Evaluate if it is time, write weights and log, move on to the next epoch, save. Gives the line of the log. Raises: Stopped, if asked to during the evaluation."
-    device = next(state.task.parameters()).device
-    state.epoch += 1
-    line = dict(epoch=state.epoch, step=None, images=int(evaluation["images_per_epoch"]), seconds=round(state.seconds, 1),
+    device, epoch = next(state.task.parameters()).device, state.epoch + 1
+    line = dict(epoch=epoch, step=epoch * evaluation["steps_per_epoch"], images=int(evaluation["images_per_epoch"]), seconds=round(state.seconds, 1),
                 lr=max(g["lr"] for g in state.optimizer.param_groups), train=means)
-    line["step"] = state.epoch * evaluation["steps_per_epoch"]
-    if is_scored(state.phase, state.epoch, config):
+    if is_scored(state.phase, epoch, config):
         model = state.ema if state.ema is not None else state.model
         copy_buffers(model)
         numbers, line["val"], results = evaluate(model, config, device, evaluation["loader"], evaluation["truth"], progress=progress, asked=asked)
@@ -914,7 +965,7 @@ def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation
     skipped = sum(gathered([str(p) for p in evaluation["train_data"].bad_images(forget=True)]), [])
     if skipped: line["skipped"] = skipped
     if skipped and is_main(): print(f"warning: {len(skipped)} unreadable training images were skipped, first {skipped[0]}", file=sys.stderr)
-    state.batch, state.sums, state.seconds = 0, {}, 0.
+    state.epoch, state.batch, state.sums, state.seconds = epoch, 0, {}, 0.
     on_main(lambda: append_line(folder/LOGS[state.phase], line))
     save_checkpoint(state, config, folder)
     return line
@@ -949,12 +1000,15 @@ def begin(config:Config, folder:Path, device:torch.device, resume:bool=False, in
     found = on_main(lambda: check_folder(folder, resume))
     phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
     with main_first(): model = None if found else start_from(init, config, test.dataset.categories)[0] if init else new_model(config, phase)
-    state = restore(found, config, device) if found else start_phase(phase, model, config, device)
+    state, mark = restore(found, config, device) if found else start_phase(phase, model, config, device), data_mark(loader.dataset.dataset, test.dataset)
+    if state.data not in ("", mark): raise CheckpointError(f"{folder}: the run has seen other images or joints than those in {config.data.root}; go on with its own data (--data), or start another run from its weights (--init {folder})")
+    state.data = mark
     if not found: seed_process(config.train.seed)
     def prepare():
         if not found: make_folder(config, folder, device, test.dataset.categories, init); return  # now, so that a start that fails leaves nothing behind
         for left in folder.glob(".*.part"): left.unlink()          # half-written by a process that was killed
-        if found["config"]["train"]["epochs"] != config.train.epochs: save_config(config, folder/"config.json")
+        save_config(config, folder/"config.json"); note_environment(config, folder, device)
+        if not (folder/"skeleton.json").exists(): save_categories(test.dataset.categories, folder/"skeleton.json")
         cut_log(folder/LOGS[state.phase], state.epoch)
         if state.phase == "pretrain": cut_log(folder/LOGS["poet"], 0)
     on_main(prepare)
@@ -983,7 +1037,10 @@ def fit(
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
     folder, device, progress = Path(folder), choose_device(config.train.device), progress and is_main()
     with ExitStack() as last, processes(device):
+        held = on_main(folder.is_dir)
+        if held: last.enter_context(only_here(folder))
         state, loader, batches, evaluation = begin(config, folder, device, resume, init)
+        if not held: last.enter_context(only_here(folder))
         mark_begun()
         asked = last.enter_context(stop_requests())                  # until the processes have parted: a late SIGTERM must not end one that the others wait for
         try:

@@ -7,7 +7,7 @@ __all__ = ['MLP', 'LaterMethods', 'Poet', 'nested', 'merge_nobody', 'PostProcess
            'fit_state', 'load_weights', 'new_network', 'build_poet', 'load_official']
 
 # %% ../nbs/13_poet.ipynb #98da44b2
-import dataclasses
+import dataclasses, warnings
 from importlib import import_module
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -197,7 +197,9 @@ def build_poet(
     config, source, by_name = preset_or_config, weights, False
     if isinstance(config, (str, Path)) and Path(config).is_dir():
         folder = Path(config); config = load_config(folder); source = weights or folder/"model.safetensors"
-    elif isinstance(config, Path) or (isinstance(config, str) and ("/" in config or config.endswith(".json"))): config = load_config(config)
+    elif isinstance(config, Path) or (isinstance(config, str) and ("/" in config or config.endswith(".json"))):
+        if weights is None and Path(config).with_name("model.safetensors").is_file(): warnings.warn(f"{config}: a configuration alone, so the weights are random; for those beside it give the folder, {Path(config).parent}")
+        config = load_config(config)
     elif isinstance(config, str): config, by_name = preset(config), True
     if not isinstance(config, Config): raise ConfigError(f"build_poet takes a preset name, a Config or a run folder, not {type(config).__name__}")
     if source is None: return new_network(config).eval()

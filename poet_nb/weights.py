@@ -179,8 +179,8 @@ def official_file(
     stem = cache_folder()/"official"/("poet_dc5_r50" if stride == 16 else "poet_r50")
     for suffix in (".pth", ".pt", ".safetensors"):
         if (file := stem.with_name(stem.name + suffix)).is_file(): return file
-    raise CheckpointError(f"{stem}.pth: no such file. The authors' checkpoint does not come with this project: download it (POET-R50: zenodo.org/records/7972042, linked in the "
-                          f"repository of the paper's authors) and put it there, or give its path as weights")
+    where = "download it (zenodo.org/records/7972042, linked in the repository of the paper's authors)" if stride == 32 else f"they have published that of POET-R50 (stride 32) alone; if you have one of stride {stride}, name it so"
+    raise CheckpointError(f"{stem}.pth: no such file. The authors' checkpoint does not come with this project: {where} and put it there, or give its path as weights")
 
 # %% ../nbs/14_weights.ipynb #88cc2c4f
 def cached_name(
@@ -310,6 +310,12 @@ def push_to_hub(
             raise PoetError(f"{repo}: not sent to the hub ({type(e).__name__}: {' '.join(str(e).split())[:200]}); are you logged in (hf auth login), and is the owner you?") from None
 
 # %% ../nbs/14_weights.ipynb #f95e0cfa
+def _refuse_others(file):
+    "Raises: CheckpointError for the files of a run folder that are taken for its weights: the configuration, and the state of the training."
+    if file.name == "config.json" or file.name in ("checkpoint.pt", "checkpoint.prev.pt") and file.with_name("config.json").is_file():
+        raise CheckpointError(f"{file}: not the weights of a run, but its {'configuration' if file.suffix == '.json' else 'whole training'}; give the run folder, {file.parent}")
+    return file
+
 def find_weights(
     source:str|Path, # file, folder with model.safetensors, "official", http(s) address, or "owner/name" on the hub
     stride:int=32,   # which of the authors' checkpoints "official" is
@@ -317,7 +323,7 @@ def find_weights(
     "The file that some weights are in, downloaded if need be. Raises: CheckpointError that says what to fetch and where to put it."
     if re.match(r"https?://", str(source)): return download_weights(source)        # first: an address may be too long for a path
     if Path(source).is_dir(): return Path(source)/"model.safetensors"
-    if Path(source).is_file(): return Path(source)
+    if Path(source).is_file(): return _refuse_others(Path(source))
     if source == "official": return official_file(stride)
     if is_hub_id(source): return hub_folder(source)/"model.safetensors"
     raise CheckpointError(f"{source}: no such file or folder; weights are a file, a folder with model.safetensors, \"official\", a http(s) address or owner/name on the hub")

@@ -26,7 +26,7 @@ from test_engine import StopAfter
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split("model.hidden_dim=16 model.nheads=2 model.enc_layers=1 model.dec_layers=2 model.dim_feedforward=16 model.query_groups=1 "
                    "data.scales=[64] data.max_size=64 data.eval_scale=64 data.crop_prob=0 data.pad_multiple=64 data.workers=0 "
-                   "train.pretrain_epochs=0 train.batch_size=4 train.amp=none train.ema_decay=0 train.device=cpu")
+                   "train.pretrain_epochs=0 train.batch_size=4 train.warmup_steps=0 train.amp=none train.ema_decay=0 train.device=cpu")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,9 +123,93 @@ def test_the_default_dataset_is_that_of_the_committed_run():
 
 def test_train_says_where_and_what_next(data, poet):
     code, out, _ = poet("train", "--run", "new run", "--data", data, "--set", "train.epochs=1", *TINY)
-    assert code == 0 and out.startswith("poet_tiny on cpu: 1 epochs, 4 images a step")
+    assert code == 0 and out.startswith("poet_tiny on cpu: 1 epochs, 4 images per step")
     assert "new run: 1 of 1 epochs, AP " in out and "poet eval --run 'new run'" in out
     refused(poet("train", "--run", "new run", "--data", data, "--set", "train.epochs=1", *TINY), "new run", "--resume")
+
+
+def test_the_first_line_tells_the_images_that_a_step_has(data, poet):
+    "A batch that is larger than the split has 8 images, not 64."
+    code, out, _ = poet("train", "--run", "run", "--data", data, "--set", *TINY, "train.epochs=1", "train.batch_size=64")
+    assert code == 0 and out.startswith("poet_tiny on cpu: 1 epochs, 8 images per step")
+
+
+@pytest.mark.parametrize("settings, told", [("train.schedule=step train.epochs=1", "the learning rate never falls: train.lr_drops=[200, 250]"), ("train.schedule=step train.epochs=1 train.lr_drops=[1]", "never falls"),
+                                            ("train.schedule=step train.epochs=1 train.lr_drops=[]", ""), ("train.epochs=1 train.warmup_steps=2", "train.warmup_steps=2 are all of the 2 steps"),
+                                            ("train.epochs=2 train.warmup_steps=3", "are most of the 4 steps"), ("train.epochs=1 train.warmup_steps=1", ""), ("train.epochs=1 model.num_queries=1", "but the model finds at most model.num_queries=1")])
+def test_plans_that_are_seldom_meant_are_told_at_the_start(data, poet, monkeypatch, settings, told):
+    monkeypatch.setattr(cli, "fit", lambda *args: [])
+    lines = poet("train", "--run", "run", "--data", data, "--set", *TINY, *settings.split())[2].splitlines()
+    assert len(lines) == (2 if "queries" in told else bool(told)), lines                          # of both splits there are more people than queries
+    assert all(line.startswith("poet: warning: ") and told in line for line in lines)
+
+
+def test_missing_images_are_told_before_the_run_begins(data, trained, tmp_path, poet):
+    gaps = tmp_path / "gaps"
+    shutil.copytree(data, gaps)
+    words = ("train", "--run", "run", "--data", gaps, "--set", "train.epochs=1", *TINY)
+    (gaps / "train2017/000000000002.jpg").unlink()
+    code, _, err = poet(*words)
+    assert code == 0 and "1 of the 8 images of" in err and "train2017/000000000002.jpg; they are passed over" in err
+    shutil.rmtree("run")
+    for image in (gaps / "train2017").iterdir(): image.unlink()
+    refused(poet(*words), "8 of the 8 images of", "restore them", f"poet data synth --folder {gaps}")
+    shutil.copytree(data / "train2017", gaps / "train2017", dirs_exist_ok=True)
+    (gaps / "val2017/000000000003.jpg").unlink()
+    for line in (words, ("eval", "--run", trained, "--data", gaps, "--quiet")): refused(poet(*line), "1 of the 4 images of", "val2017/000000000003.jpg", "mend field file_name")
+    assert not Path("run").exists()
+    code, out, _ = poet("doctor", "--data", gaps)
+    assert code == 2 and re.search(r"^error .*1 of the 4 images", out, re.M)
+
+
+def test_the_doctor_counts_people_and_queries(data, poet):
+    assert re.search(r"^warning +queries +up to \d+ of person in an image, but the model finds at most model.num_queries=1: ", poet("doctor", "--data", data, "--set", "model.num_queries=1")[1], re.M)
+    assert "queries" not in poet("doctor", "--data", data)[1]
+
+
+def test_labels_are_not_scored_as_those_of_another_category(data, trained, tmp_path, poet):
+    def dataset(name, *names):
+        shutil.copytree(data, name)
+        for file in Path(name, "annotations").iterdir():
+            coco = json.loads(file.read_text())
+            coco["categories"] = [coco["categories"][0] | dict(id=i, name=n) for i, n in enumerate(names, 1)]
+            file.write_text(json.dumps(coco))
+        return name
+    assert poet("train", "--run", "run", "--data", dataset("two", "person", "clone"), "--quiet", "--set", "train.epochs=1", *TINY)[0] == 0
+    assert poet("eval", "--run", "run", "--quiet")[0] == 0
+    refused(poet("eval", "--run", "run", "--quiet", "--data", dataset("swapped", "clone", "person")), "its categories (clone, person)", "has learnt (person, clone)", "order them")
+    code, _, err = poet("eval", "--run", trained, "--quiet", "--data", dataset("other", "dancer"))   # one category: no label can be another's
+    assert code == 0 and "its categories (dancer) are not those that the run has learnt (person); scored as if they were" in err
+
+
+def test_predictions_are_scored_by_the_names_of_their_images(data, trained, tmp_path, poet):
+    "What `poet predict` writes, for images whose numbers are others, is what `poet eval` computes; frames, strangers and absent images are told."
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    file = moved / "annotations/person_keypoints_val2017.json"
+    coco = json.loads(file.read_text())
+    for record, field in [(i, "id") for i in coco["images"]] + [(a, "image_id") for a in coco["annotations"]]: record[field] = 1000 - record[field]
+    (moved / "val2017/day").mkdir()
+    for image in coco["images"][:2]: (moved / "val2017" / image["file_name"]).rename(moved / "val2017/day" / image["file_name"]); image["file_name"] = f"day/{image['file_name']}"
+    file.write_text(json.dumps(coco))
+    assert poet("predict", moved / "val2017", "--run", trained, "--threshold", 0, "--no-overlays", "--quiet", "--out", "found")[0] == 0
+    words = ("eval", "--annotations", file, "--json", "--results")
+    wanted = json.loads(poet("eval", "--run", trained, "--data", moved, "--json", "--quiet")[1])
+    code, out, err = poet(*words, "found/predictions.json", "--out", "again.json")
+    assert (code, err) == (0, "") and json.loads(out) == pytest.approx(wanted, abs=.02) and {r["image_id"] for r in json.loads(Path("again.json").read_text())} == {i["id"] for i in coco["images"]}
+    found = json.loads(Path("found/predictions.json").read_text())
+
+    def written(**changes):
+        Path("changed.json").write_text(json.dumps(found | changes))
+        return poet(*words, "changed.json")
+    flat = [i | dict(file_name=Path(i["file_name"]).name) for i in found["images"]]
+    assert json.loads(written(images=flat)[1]) == json.loads(out)                                    # base names, each there once
+    code, _, err = written(images=[flat[0] | dict(file_name="stranger.jpg"), *flat[1:]])
+    assert code == 0 and "1 of its 4 images are not in" in err and "has nothing about 1 of the 4 images" in err
+    refused(written(images=[i | dict(file_name=flat[0]["file_name"]) for i in flat]), "several of its images have the name of one")
+    refused(written(images=[i | dict(file_name="stranger.jpg") for i in flat]), "not one of its 4 images")
+    refused(written(annotations=[{k: v for k, v in a.items() if k != "score"} for a in found["annotations"]]), "changed.json: neither a list of results", "score")
+    refused(poet(*words, file), "person_keypoints_val2017.json: neither a list of results")
 
 
 def test_eval_scores_what_training_scored(data, trained, poet):
@@ -401,6 +485,13 @@ def test_errors_of_other_commands(data, trained, tmp_path, poet):
     refused(poet("eval", "--results", "cut.json", "--annotations", data / "annotations/person_keypoints_val2017.json"), "cut.json", "JSON")
     refused(poet("data", "coco", "--splits", "test2017"), "test2017", "val2017")
     refused(poet("data", "synth", "--size", 7, "--quiet"), "size", "7")
+    assert "argument --seed: 99999999999 is too large" in poet("data", "synth", "--seed", "99999999999")[2]
+    refused(poet("train", "--run", "run", "--data", data, "--set", "train.seed=5000000000"), "train.seed", "below 2**32")
+    refused(poet("train", "--run", "run", "--data", data, "--set", "name="), "field name")
+    for name in ("config.json", "checkpoint.pt"):
+        refused(poet("train", "--run", "run", "--data", data, "--init", trained / name), name, f"give the run folder, {trained}")
+        refused(poet("eval", "--weights", trained / name), name, f"give the run folder, {trained}")
+    assert "annotations" not in refused(poet("predict", "broken.jpg", "--run", trained, "--quiet", "--out", "new"), "replace the file")
 
 
 @pytest.mark.parametrize("words", [["train"], ["predict", "--webcam"], ["nonsense"], ["predict", "a.jpg", "--threshold", "2"], ["predict", "a.jpg", "--batch", "0"],
@@ -538,6 +629,7 @@ def test_figures_come_from_a_copy_of_the_notebooks(atelier, trained, data, poet)
     refused(poet("figures", "50", "--run", trained, "--data", "nowhere"), "poet data synth --folder nowhere --train 0")
     code, out, _ = poet("figures", "50", "--run", trained, "--data", data, "--images", 7, "--out", "drawn")
     assert code == 0 and out.splitlines()[-1] == "drawn/fig.txt"
+    assert "a notebook failed" not in refused(poet("figures", "50", "99", "--run", trained, "--data", data), "99: no notebook has this number or name", "50_good, 51_bad")
     assert Path("drawn/fig.txt").read_text() == f"poet_tiny {data.name} 7"
     assert {p: p.read_bytes() for p in atelier.rglob("*") if p.is_file() and "__pycache__" not in p.parts} == before
 

@@ -57,6 +57,28 @@ def test_every_kind_of_image(tmp_path, kind, mode, options):
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < (3 if kind == "JPEG" else .5)
 
 
+def test_what_helps_depends_on_whether_there_are_annotations(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    for name, size, told in (("broken.jpg", None, "replace the file$"), ("broken.jpg", (5, 5), "or take it out of the annotations$"), ("no.jpg", None, "is the path right.$"), ("no.jpg", (5, 5), "mend field file_name")):
+        with pytest.raises(DataError, match=told): read_image(tmp_path / name, size)
+
+
+def test_missing_images_are_found_by_one_look_into_each_folder(tmp_path, monkeypatch):
+    names = ["a.jpg", "day 1/a.jpg", "day 1/b.jpg", "day 2/a.jpg", "größe.jpg"]
+    for name in (names[0], names[2], names[4]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(dict(images=[dict(id=i, width=9, height=9, file_name=n) for i, n in enumerate(names)], annotations=[person(id=1, image_id=2)], categories=[PERSON])))
+    looks, asked, scandir, isfile = [], [], os.scandir, os.path.isfile
+    monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or isfile(path))
+    data = CocoKeypoints(tmp_path, file)
+    assert [p.relative_to(tmp_path).as_posix() for p in coco.missing_images(data)] == ["day 1/a.jpg", "day 2/a.jpg"]
+    assert len(looks) == 2 and len(asked) == 2, "a question for each folder, and for each image that is missing"
+    assert coco.missing_images(CocoKeypoints(tmp_path, file, with_people_only=True)) == []
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_sixteen_bits_keep_their_upper_byte(tmp_path, mode):
     values = (smooth(20, 30)[..., 0].astype(np.uint16) << 8) + 77

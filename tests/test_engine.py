@@ -260,7 +260,7 @@ def test_a_signal_leaves_a_run_that_goes_on_to_the_same_end(runs, processes, nam
         assert "go on with --resume" in err and "Traceback" not in err
         found, (phase, epoch, batch, _) = read_checkpoint(folder / "run"), SIGNALS[name]
         assert (found["phase"], found["epoch"], found["batch"]) == (phase, epoch, batch + 1), "the step was finished, and is counted"
-    assert not list((folder / "run").glob(".*")), "no half-written files"
+    assert not list((folder / "run").glob(".*.part")), "no half-written files"
     config, whole = runs("dropout")
     fit(config, folder / "run", resume=True, progress=False)
     ours = left_by(folder / "run")
@@ -987,3 +987,91 @@ def test_an_epoch_without_evaluation_writes_one_checkpoint(scenes, tmp_path, mon
     monkeypatch.setattr(engine, "write_checkpoint", lambda content, folder: (written.append((content["epoch"], content["batch"])), write(content, folder)))
     fit(small(scenes, **{"train.epochs": 3, "train.eval_every": 2, "train.pretrain_epochs": 0}), tmp_path / "run", progress=False)
     assert written == [(1, 0), (1, 3), (2, 0), (2, 3), (3, 0)], "before evaluation, and at the end of an epoch"
+
+
+# ---- what a resumed run goes on with -----------------------------------------------------------------------------------
+
+def test_other_data_are_not_gone_on_with(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder, other = copied(whole, tmp_path), tmp_path / "other"
+    for split, n in (("train2017", 8), ("val2017", 5)): make_synth(other, split, n=n, config=SynthConfig(size=64), seed=1, workers=1, progress=False)
+    with pytest.raises(CheckpointError, match="has seen other images or joints than those in .*other.*--init"): fit(override(config, **{"data.root": str(other)}), folder, resume=True, progress=False)
+    assert difference(left_by(whole), left_by(folder)) is None
+    moved = shutil.copytree(config.data.root, tmp_path / "moved")
+    fit(override(config, **{"data.root": str(moved), "train.epochs": 3}), folder, resume=True, progress=False)
+    assert json.loads((folder / "config.json").read_text())["data"]["root"] == str(moved), "it is remembered where they are now"
+
+
+def test_a_checkpoint_from_before_data_were_marked_is_gone_on_with(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    found = read_checkpoint(folder)
+    del found["data"]
+    engine.write_checkpoint(found, folder)
+    assert len(fit(override(config, **{"train.epochs": 3}), folder, resume=True, progress=False)) == 3
+
+
+def test_what_a_run_goes_on_with_is_written_down(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    facts = json.loads((folder / "environment.json").read_text())
+    fit(config, folder, resume=True, progress=False)
+    assert json.loads((folder / "environment.json").read_text()) == facts, "nothing is new"
+    (folder / "environment.json").write_text(json.dumps(facts | dict(commit="older")))
+    (folder / "skeleton.json").unlink()
+    for _ in range(2): fit(config, folder, resume=True, progress=False)
+    now = json.loads((folder / "environment.json").read_text())
+    assert now["commit"] == "older" and [r["commit"] for r in now["resumed"]] == [facts["commit"]] and (folder / "skeleton.json").read_bytes() == (whole / "skeleton.json").read_bytes()
+    (folder / "environment.json").write_text("{")
+    fit(config, folder, resume=True, progress=False)
+    assert json.loads((folder / "environment.json").read_text())["commit"] == facts["commit"]
+
+
+def test_one_process_trains_in_a_folder(runs, tmp_path):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    program = "import sys; from pathlib import Path; from poet_nb.engine import only_here\nwith only_here(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(CheckpointError, match="another process trains in this folder"): fit(override(config, **{"train.epochs": 3}), folder, resume=True, progress=False)
+        other.kill()
+    assert len(fit(override(config, **{"train.epochs": 3}), folder, resume=True, progress=False)) == 3 and not (folder / ".lock").exists()
+
+
+def test_the_good_checkpoint_outlives_resumes_that_fail(scenes, tmp_path, monkeypatch, capsys):
+    "A run that diverges is gone on with once more, and again, as the message says."
+    config, folder = small(scenes, **{"train.pretrain_epochs": 0, "train.nonfinite_patience": 1}), tmp_path / "run"
+    fit_for(monkeypatch, 1, config, folder, resume=False)
+    good = read_checkpoint(folder)
+    step, taken = engine.train_step, []
+    def failing(*args):
+        taken.append(1)
+        if len(taken) > 1: raise NonFiniteError("nan", {})
+        return step(*args)
+    monkeypatch.setattr(engine, "train_step", failing)
+    for _ in range(3):
+        with pytest.raises(NonFiniteError, match="1 steps in a row were not finite.*remove .*checkpoint.pt.*--init"): fit(config, folder, resume=True, progress=False)
+    (folder / "checkpoint.pt").unlink()
+    assert difference(good, read_checkpoint(folder)) is None
+
+
+def test_an_epoch_without_a_finite_step_stops_the_run(scenes, tmp_path, monkeypatch):
+    config = small(scenes, **{"train.pretrain_epochs": 0, "train.nonfinite_patience": 99})
+    def failing(*args): raise NonFiniteError("nan", {})
+    monkeypatch.setattr(engine, "train_step", failing)
+    with pytest.raises(NonFiniteError, match="no step of poet epoch 1 was finite"): fit(config, tmp_path / "run", progress=False)
+
+
+def test_a_line_that_can_not_be_read_costs_no_other(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"epoch": 1}\n{"epo\n{"epoch": 2}\n{"epoch": 3}\n{"ep')
+    engine.cut_log(log, 2)
+    assert log.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_a_run_stopped_while_it_is_evaluated_says_where_it_is(scenes, tmp_path, monkeypatch, capsys):
+    def asked(*args, **kwargs): raise engine.Stopped
+    monkeypatch.setattr(engine, "evaluate", asked)
+    fit(small(scenes, **{"train.pretrain_epochs": 0}), tmp_path / "run", progress=False)
+    found = read_checkpoint(tmp_path / "run")
+    assert "stopped after poet epoch 0, batch 3" in capsys.readouterr().err and (found["epoch"], found["batch"]) == (0, 3)

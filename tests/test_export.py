@@ -327,7 +327,8 @@ def test_command(thin, files, tmp_path, monkeypatch, capfd):
     assert cli.main(["export", "poet_tiny", "--format", "pt2", "--out", "b"]) == 0
     assert "random weights" in capfd.readouterr().err
     assert cli.main(["export", "poet_tiny", "--out", "c.onnx", "--check"]) == 2                # the file of another model
-    for words, told in ((["nothing"], "nothing: there is no such run folder"), (["run", "--opset", "5"], "opset 5"), (["run", "--out", "no/a.onnx"], "no/a.onnx")):
+    for words, told in ((["nothing"], "nothing: there is no such run folder"), (["run", "--opset", "5"], "opset 5"), (["run", "--out", "no/a.onnx"], "no/a.onnx"),
+                        (["run", "--out", "m.pt"], "the ending .pt names no format"), (["run", "--out", "poet-1.2"], "--format")):
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
         capfd.readouterr()

@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 import types
+import warnings
 import zipfile
 from argparse import Namespace
 from hashlib import sha256
@@ -386,7 +387,8 @@ def test_a_configuration_of_another_network_is_refused(small, tmp_path, change, 
 def test_official_weights_are_looked_for_in_the_cache(small, home):
     config = override(preset("poet_r50"), **SMALL)
     with pytest.raises(CheckpointError, match="home.official.poet_r50.pth: no such file.*repository of the paper's authors.*put it there"): build_poet(config, "official")
-    with pytest.raises(CheckpointError, match="poet_dc5_r50.pth"): build_poet(override(config, **{"model.stride": 16}), "official")
+    with pytest.raises(CheckpointError, match="poet_dc5_r50.pth.*stride 32. alone") as told: build_poet(override(config, **{"model.stride": 16}), "official")
+    assert "zenodo" not in str(told.value)
     assert not home.exists()
     (home / "official").mkdir(parents=True)
     written(home / "official" / "poet_r50.pth", small)
@@ -595,6 +597,29 @@ def test_train_starts_from_an_address(tmp_path, serve, monkeypatch):
     assert cli.weights_of(address) == file and asked.count("GET") <= 2
     cli.build_poet(config, file)
     with pytest.raises(CheckpointError, match="official"): cli.weights_of(serve(lambda request: request.send_error(404)) + "/official.safetensors")
+
+
+def test_training_from_weights_of_others_takes_the_preset_of_their_network(small, tmp_path, monkeypatch):
+    from poet_nb import cli
+    monkeypatch.chdir(tmp_path)
+    save_weights(Poet(preset("poet_tiny")), tmp_path / "ours.safetensors")
+    sources = dict(poet_tiny=["ours.safetensors", None], poet_r50=["official", str(written(tmp_path / "a.pth", small)), str(written(tmp_path / "b.pth", small, args=Namespace(dilation=False)))],
+                   poet_dc5_r50=[str(written(tmp_path / "c.pth", small, args=Namespace(dilation=True)))])
+    options = dict(run=tmp_path / "run", preset=None, config=None, resume=False, data=None, set=[], device=None)
+    for name, inits in sources.items():
+        for init in inits: assert cli.train_config(Namespace(init=init, **options)).name == name, init
+    assert cli.train_config(Namespace(init="official", **options | dict(preset="poet_tiny"))).name == "poet_tiny"
+    with pytest.raises(CheckpointError, match="poet_r50.pth: no such file.*zenodo"): cli.weights_of("official", 32)
+
+
+def test_a_configuration_beside_weights_is_not_the_run(tmp_path, tiny):
+    tiny.save_pretrained(tmp_path / "run")
+    with pytest.warns(UserWarning, match="the weights are random; .*give the folder"): build_poet(tmp_path / "run" / "config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_poet(str(tmp_path / "run" / "config.json"), tmp_path / "run" / "model.safetensors")
+        (tmp_path / "run" / "model.safetensors").unlink()
+        build_poet(str(tmp_path / "run" / "config.json"))
 
 
 def test_a_mistyped_run_folder_is_no_hub_name(tmp_path, monkeypatch):

@@ -170,3 +170,17 @@ def test_the_whole_notebook_with_thirty_pictures(tmp_path):
     said = "".join(o.get("text", "") for c in notebooks.read(home / "nbs/72_your_own.ipynb").cells for o in c.get("outputs", []))
     for part in ("30 pictures", "eye_near <-> eye_far", "4 of 4 joints", "newt 4 joints; the model knows: True"): assert part in said, said
     assert "quadruped" not in said and sum("image/jpeg" in o.get("data", {}) for c in nbformat.read(home / "nbs/72_your_own.ipynb", 4).cells for o in c.get("outputs", [])) == 5
+
+
+@pytest.mark.parametrize("what", ["another split of the same pictures", "annotations of others", "a picture too many", "the pictures themselves"])
+def test_nothing_that_is_there_is_written_over(tmp_path, what):
+    pictures, file = newts(tmp_path, 9)
+    root, out = tmp_path / "mine", dict(val=.3)
+    lay_out(pictures, file, root, val=.3)
+    if what == "another split of the same pictures": out["seed"] = 1
+    elif what == "annotations of others": (root / "annotations/person_keypoints_val2017.json").write_text('{"images": []}')
+    elif what == "a picture too many": (root / "train2017/holiday.jpg").write_bytes(b"mine")
+    else: pictures = Path(shutil.copytree(pictures, root / "val2017", dirs_exist_ok=True))
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    with pytest.raises(DataError, match="mine: holds something else already .*choose a new folder"): lay_out(pictures, file, root, **out)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
