@@ -458,7 +458,7 @@ def report_run(
     else: print(f"next: poet eval --run {where}\n      poet predict PHOTO.jpg --run {where}")
     return 0 if is_finished(log, config) else 130
 
-# %% ../nbs/33_cli.ipynb #31684d7c
+# %% ../nbs/33_cli.ipynb #19ff3292
 def few_queries(
     data:CocoKeypoints,
     config:Config,
@@ -475,12 +475,11 @@ def odd_schedule(
     "Does a schedule end before it has begun?"
     t = config.train
     if t.schedule == "step" and t.lr_drops and min(t.lr_drops) >= t.epochs:
-        return f"the learning rate never falls: train.lr_drops={list(t.lr_drops)} lie behind the last of {t.epochs} epochs; --set train.lr_drops=[{max(2 * t.epochs // 3, 1)}], or train.schedule=cosine"
+        return f"the learning rate never falls: train.lr_drops={list(t.lr_drops)} come after the last epoch, {t.epochs}; --set train.schedule=cosine" + f", or train.lr_drops=[{2 * t.epochs // 3}]" * (t.epochs > 1)
     if 0 < steps < 2 * t.warmup_steps: return f"train.warmup_steps={t.warmup_steps} are {'all' if steps <= t.warmup_steps else 'most'} of the {steps:,} steps of this run; --set train.warmup_steps={steps // 10}, or more epochs"
     return ""
 
-
-#| export
+# %% ../nbs/33_cli.ipynb #635a27fd
 def check_training(
     config:Config,
     val:CocoKeypoints, # opened
@@ -493,12 +492,11 @@ def check_training(
         if text: warnings.warn(text)
     return size
 
-
-#| export
+# %% ../nbs/33_cli.ipynb #31684d7c
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
-         option("--preset", metavar="NAME", help="poet_tiny (default), poet_tiny_192, poet_tiny_growing, poet_r50, poet_dc5_r50 or ae_r50"),
+         option("--preset", metavar="NAME", help="poet_tiny (default; with --init that of the weights), poet_tiny_192, poet_tiny_growing, poet_r50, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, at this http(s) address, of owner/name on the hub, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
@@ -668,7 +666,7 @@ def more_numbers(
     more = dict(categories=category_scores(truth, results, images=args.images)) if args.by_category else {}
     return more | (dict(joints=joint_errors(truth, results, args.joints, images=args.images)) if args.joints is not None else {})
 
-# %% ../nbs/33_cli.ipynb #9b5c8e21
+# %% ../nbs/33_cli.ipynb #e83996bd
 def renumbered(
     coco:dict,  # predictions.json of `poet predict`: images, annotations, categories
     truth,      # of `load_ground_truth`
@@ -681,7 +679,9 @@ def renumbered(
     def number(name):
         parts = Path(name).parts
         return next((images[tail] for k in range(len(parts)) if (tail := "/".join(parts[k:])) in images), alone.get(Path(name).name))
-    try: ids, names, people = {i["id"]: number(i["file_name"]) for i in coco["images"]}, {c["id"]: c["name"] for c in coco["categories"]}, [{f: a[f] for f in ("image_id", "category_id", "keypoints", "score")} for a in coco["annotations"]]
+    try:
+        ids, names = {i["id"]: number(i["file_name"]) for i in coco["images"]}, {c["id"]: c["name"] for c in coco["categories"]}
+        people = [{field: a[field] for field in ("image_id", "category_id", "keypoints", "score")} for a in coco["annotations"]]
     except (KeyError, TypeError) as error: raise DataError(f"{where}: neither a list of results in COCO's format nor a predictions.json of `poet predict` ({type(error).__name__} {error})") from None
     known = [i for i in ids.values() if i is not None]
     if not known: raise DataError(f"{where}: not one of its {len(ids)} images has a name that is in {truth.name}; predict the images of that file")
@@ -700,8 +700,7 @@ def read_results(
     except ValueError: return load_results(file)           # which says what is wrong
     return replace(load_results(renumbered(coco, truth, file)), name=str(file))
 
-
-#| export
+# %% ../nbs/33_cli.ipynb #9b5c8e21
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",
          "poet eval --run data/runs/tiny --data data/synth",
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS, _DATA,

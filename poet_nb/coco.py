@@ -547,8 +547,8 @@ def missing_images(
 )->list[Path]: # in the order of the file
     "The images of a dataset that are not there, by one look into each of their folders."
     paths = [os.path.join(data.images, name.decode()) for name in data.index.images.file_names[data.rows].tolist()]
-    there = {folder: {entry.name for entry in os.scandir(folder) if entry.is_file()} if os.path.isdir(folder) else set() for folder in set(map(os.path.dirname, paths))}
-    return [Path(p) for p in paths if os.path.basename(p) not in there[os.path.dirname(p)] and not os.path.isfile(p)] # asked again: some disks take A.JPG for a.jpg
+    there = {folder: {e.name for e in os.scandir(folder) if not e.is_symlink() or os.path.exists(e.path)} if os.path.isdir(folder) else set() for folder in set(map(os.path.dirname, paths))}
+    return [Path(p) for p in paths if os.path.basename(p) not in there[os.path.dirname(p)] and not os.path.exists(p)] # asked again: some disks take A.JPG for a.jpg
 
 # %% ../nbs/04_coco.ipynb #479d625e
 ANNOTATIONS = ("person_keypoints_{}.json", "keypoints_{}.json", "{}.json") # of a split, in root/annotations

@@ -70,12 +70,13 @@ def test_missing_images_are_found_by_one_look_into_each_folder(tmp_path, monkeyp
         (tmp_path / name).touch()
     file = tmp_path / "a.json"
     file.write_text(json.dumps(dict(images=[dict(id=i, width=9, height=9, file_name=n) for i, n in enumerate(names)], annotations=[person(id=1, image_id=2)], categories=[PERSON])))
-    looks, asked, scandir, isfile = [], [], os.scandir, os.path.isfile
+    (tmp_path / "day 1/a.jpg").symlink_to("nowhere.jpg")
+    looks, asked, scandir, exists = [], [], os.scandir, os.path.exists
     monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
-    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or isfile(path))
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
     data = CocoKeypoints(tmp_path, file)
     assert [p.relative_to(tmp_path).as_posix() for p in coco.missing_images(data)] == ["day 1/a.jpg", "day 2/a.jpg"]
-    assert len(looks) == 2 and len(asked) == 2, "a question for each folder, and for each image that is missing"
+    assert len(looks) == 2 and len(asked) == 3, "a question for each folder, for each link, and for each image that is missing"
     assert coco.missing_images(CocoKeypoints(tmp_path, file, with_people_only=True)) == []
 
 

@@ -357,7 +357,7 @@ def test_loss_terms_of_a_step_that_is_not_finite_are_written_down(scenes, tmp_pa
 
 @pytest.mark.parametrize("where", ["forward", "evaluation"])
 def test_out_of_memory_tells_the_size_of_the_batch_and_three_settings(scenes, tmp_path, poet, monkeypatch, where):
-    save_config(small(scenes, **{"train.pretrain_epochs": 0, "train.epochs": 1}), tmp_path / "wanted.json")
+    save_config(small(scenes, **{"train.pretrain_epochs": 0, "train.epochs": 1, "train.lr_drops": []}), tmp_path / "wanted.json")
     def greedy(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with monkeypatch.context() as m:
         if where == "forward": m.setattr(engine.PoetLoss, "forward", greedy)
@@ -454,9 +454,10 @@ def test_bad_images_of_every_kind_cost_training_nothing_but_themselves(scenes, t
     bad = [root / f"train2017/{i:012d}.jpg" for i in range(1, 12)]
     kinds = [k for k in BAD_IMAGES if k not in ("half", "bomb that PIL refuses itself")]
     for path, kind in zip(bad, kinds, strict=True): BAD_IMAGES[kind][0](path)
-    save_config(small(root, **{"train.pretrain_epochs": 0, "train.epochs": 1, "train.batch_size": 13}), tmp_path / "wanted.json")
+    save_config(small(root, **{"train.pretrain_epochs": 0, "train.epochs": 1, "train.batch_size": 13, "train.lr_drops": []}), tmp_path / "wanted.json")
     code, _, err = poet("train", "--run", "run", "--config", "wanted.json", "--quiet")
-    assert code == 0 and f"11 unreadable training images were skipped, first {bad[0]}" in err and len(err.splitlines()) == 1
+    assert code == 0 and f"11 unreadable training images were skipped, first {bad[0]}" in err and len(err.splitlines()) == 2
+    assert err.startswith("poet: warning: 1 of the 13 images") and f"not there, the first is {bad[kinds.index('not there')]}" in err
     line = json.loads(Path("run/metrics.jsonl").read_text())
     assert line["skipped"] == list(map(str, bad)) and math.isfinite(line["train"]["loss"])
     for kind in ("truncated", "claims gigapixels"):

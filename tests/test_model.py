@@ -408,6 +408,7 @@ def test_a_folded_models_weights_fit_a_plain_one(tmp_path):
     torch.testing.assert_close(build_poet(TINY, tmp_path / "a.safetensors")(batch)["pred_logits"], model(batch)["pred_logits"], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*the weights are random")
 def test_pytorch_files_and_run_folders_are_read(tiny, tmp_path):
     for content in (tiny.state_dict(), {"model": tiny.state_dict()}, {"state_dict": tiny.state_dict()}):
         torch.save(content, tmp_path / "a.pt")
