@@ -9,11 +9,12 @@ __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 
            'train_config', 'lost_weights', 'check_resume', 'weights_of', 'report_run', 'few_queries', 'odd_schedule',
            'check_training', 'run_train', 'load_run', 'layer_index', 'model_named', 'model_of', 'eval_model',
            'same_names', 'score_run', 'unlabelled_images', 'write_submission', 'table_text', 'more_numbers',
-           'renumbered', 'read_results', 'run_eval', 'expand_sources', 'overlay_path', 'subfolder', 'PredictJob',
-           'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'common_folder', 'write_labels',
-           'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command',
-           'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split', 'check_datasets',
-           'doctor_config', 'typical_size', 'check_people', 'check_dataset', 'check_run', 'check_runs', 'run_doctor']
+           'same_kinds', 'renumbered', 'read_results', 'run_eval', 'expand_sources', 'overlay_path', 'subfolder',
+           'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'common_folder',
+           'write_labels', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size',
+           'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split',
+           'check_datasets', 'doctor_config', 'typical_size', 'check_people', 'check_dataset', 'check_run',
+           'check_runs', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
 import argparse, errno, glob, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -338,7 +339,9 @@ def check_images(
     "Are the images of a split there? Raises: DataError."
     if not (lost := missing_images(data)): return ""
     text, remedy = f"{len(lost):,} of the {len(data):,} images of {data.annotations_file} are not there, the first is {lost[0]}", split_remedy(root, data.annotations_file.name)
-    if few and len(lost) < len(data): return f"{text}; they are passed over, and others take their places"
+    gone = set(lost)
+    row = max(len(list(run)) for missing, run in groupby([data.image_path(i) in gone for i in range(len(data))] * 2) if missing) # the first follow the last
+    if few and row < min(20, len(data)): return f"{text}; they are passed over, and others take their places"
     raise DataError(f"{text}; restore them, or mend field file_name of the annotations; {remedy if remedy.startswith('`poet data') else '--data names another dataset'}")
 
 def find_data(
@@ -667,6 +670,21 @@ def more_numbers(
     return more | (dict(joints=joint_errors(truth, results, args.joints, images=args.images)) if args.joints is not None else {})
 
 # %% ../nbs/33_cli.ipynb #e83996bd
+def same_kinds(
+    categories:list[dict], # of the predictions, COCO's
+    truth,      # of `load_ground_truth`
+    where:Path, # what to call the predictions in a message
+)->dict[int, int]: # id of a category of the predictions -> its id in the annotation file
+    "Which category is which, by name; where there is one on each side, these. Raises: DataError for an unknown one, and for other joints."
+    ours, out = truth.dataset["categories"], {}
+    for c in categories:
+        o = next((o for o in ours if o.get("name") == c["name"]), ours[0] if len(ours) == len(categories) == 1 else None)
+        if o is None: raise DataError(f"{where}: its category {c['name']!r} is not in {truth.name}, which has {', '.join(str(o.get('name')) for o in ours)}; give them the same names")
+        if o.get("name") != c["name"]: warnings.warn(f"{where}: its category {c['name']!r} is scored as {o.get('name')!r} of {truth.name}")
+        if list(c.get("keypoints") or []) != list(o.get("keypoints") or []): raise DataError(f"{where}: the joints of {c['name']!r} ({', '.join(c.get('keypoints') or [])}) are not those of {truth.name} ({', '.join(o.get('keypoints') or [])})")
+        out[c["id"]] = o["id"]
+    return out
+
 def renumbered(
     coco:dict,  # predictions.json of `poet predict`: images, annotations, categories
     truth,      # of `load_ground_truth`
@@ -675,12 +693,12 @@ def renumbered(
     "Predictions with the numbers of an annotation file, which has images and categories of the same names. Raises: DataError."
     images = {Path(i.get("file_name") or "").as_posix(): i["id"] for i in truth.dataset["images"]}
     last = Counter(Path(name).name for name in images)
-    alone, kinds = {Path(name).name: i for name, i in images.items() if last[Path(name).name] == 1}, {c.get("name"): c["id"] for c in truth.dataset["categories"]}
+    alone = {Path(name).name: i for name, i in images.items() if last[Path(name).name] == 1}
     def number(name):
         parts = Path(name).parts
         return next((images[tail] for k in range(len(parts)) if (tail := "/".join(parts[k:])) in images), alone.get(Path(name).name))
     try:
-        ids, names = {i["id"]: number(i["file_name"]) for i in coco["images"]}, {c["id"]: c["name"] for c in coco["categories"]}
+        ids, kinds = {i["id"]: number(i["file_name"]) for i in coco["images"]}, same_kinds(coco["categories"], truth, where)
         people = [{field: a[field] for field in ("image_id", "category_id", "keypoints", "score")} for a in coco["annotations"]]
     except (KeyError, TypeError) as error: raise DataError(f"{where}: neither a list of results in COCO's format nor a predictions.json of `poet predict` ({type(error).__name__} {error})") from None
     known = [i for i in ids.values() if i is not None]
@@ -688,15 +706,16 @@ def renumbered(
     if len(set(known)) < len(known): raise DataError(f"{where}: several of its images have the name of one in {truth.name}; predict each image once, and no videos")
     if n := len(ids) - len(known): warnings.warn(f"{where}: {n} of its {len(ids)} images are not in {truth.name}, and are left out")
     if n := len(set(truth.image_ids.tolist()) - set(known)): warnings.warn(f"{where}: has nothing about {n} of the {len(truth.image_ids)} images of {truth.name}; people there count as missed")
-    return [a | dict(image_id=ids[a["image_id"]], category_id=kinds.get(names.get(a["category_id"]), a["category_id"])) for a in people if ids.get(a["image_id"]) is not None]
+    return [a | dict(image_id=ids[a["image_id"]], category_id=kinds[a["category_id"]]) for a in people if ids.get(a["image_id"]) is not None]
 
 def read_results(
     file:Path, # results in COCO's format, or predictions.json
     truth,     # of `load_ground_truth`
 ): # as `load_results` gives it
     "Results from a file of either kind. Raises: DataError."
-    if not file.is_file() or file.open("rb").read(100).lstrip()[:1] != b"{": return load_results(file)
-    try: coco = json.loads(file.read_bytes())
+    content = file.read_bytes() if file.is_file() else b""
+    if content[:100].lstrip()[:1] != b"{": return load_results(file)
+    try: coco = json.loads(content)
     except ValueError: return load_results(file)           # which says what is wrong
     return replace(load_results(renumbered(coco, truth, file)), name=str(file))
 

@@ -11,7 +11,7 @@ __all__ = ['BOX_SHARE', 'ANNOTATIONS', 'COCO_URL', 'COCO_SHA256', 'rgb_array', '
            'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
-import errno, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
+import errno, filecmp, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -346,7 +346,7 @@ def complete_people(
     file:str|Path, # the COCO file, for warnings
 )->tuple[list[dict], list[str]]: # the same, of those with gaps copies; what was filled in, in words
     "Fill in the fields of people that are missing and follow from the rest."
-    found, bare = [_filled_in(r, num_keypoints) for r in records], [r for r in records if r.get("keypoints") is None and r.get("num_keypoints") is None and not r.get("iscrowd")]
+    found, bare = [_filled_in(r, num_keypoints) for r in records], [r for r in records if r.get("keypoints") in (None, []) and r.get("num_keypoints") is None and not r.get("iscrowd")]
     notes = [f"{file}: field {field} of annotations is missing {n} times: taken {how}" for field, how in (("bbox", "from their labelled joints"), ("area", f"as {BOX_SHARE:.0%} of their box"))
              if (n := sum(field in f for f in found))]
     if bare: notes.append(f"{file}: field keypoints of annotations is missing {len(bare)} times: taken for nobody's joints being labelled")
@@ -641,7 +641,7 @@ def set_aside(
     chosen, room = [], count
     for i, group in enumerate(groups):
         if len(group) <= room and len(chosen) < len(groups) - 1: chosen.append(i); room -= len(group)
-    chosen = chosen or [min(range(len(groups)), key=lambda i: len(groups[i]))]
+    chosen = set(chosen or [min(range(len(groups)), key=lambda i: len(groups[i]))])
     part = lambda inside: [image for i, group in enumerate(groups) if (i in chosen) == inside for image in group]
     return part(True), part(False)
 
@@ -650,9 +650,9 @@ def _refuse_other(root, pictures, parts):
     "Raises: DataError where a folder holds something else than a part, such as another dataset or the pictures themselves."
     for split, part in parts.items():
         file, folder = root / "annotations" / f"person_keypoints_{split}.json", root / split
-        names = {image["file_name"] for image in part["images"]}
-        other = next((path for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in names), None) # none if there is no folder
-        if file.exists() and file.read_bytes() != json.dumps(part).encode(): other = file
+        ours = {Path(os.path.normpath(image["file_name"])) for image in part["images"]}
+        other = next((path for path in sorted(folder.rglob("*")) if path.is_file() and not (path.relative_to(folder) in ours and filecmp.cmp(path, pictures / path.relative_to(folder), shallow=False))), None)
+        if (there := annotation_file(root, split)).exists() and (there != file or there.read_bytes() != json.dumps(part).encode()): other = there
         if folder.resolve() in (pictures.resolve(), *pictures.resolve().parents): other = folder
         if other: raise DataError(f"{root}: holds something else already ({other}); nothing is written, choose a new folder")
 

@@ -18,7 +18,7 @@ __all__ = ['PRETRAINING', 'METHODS', 'LOGS', 'choose_device', 'cpu_capabilities'
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -365,6 +365,8 @@ def freeze_parts(
         inside = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{name}.")]
         parts = ", ".join(n for n, _ in model.named_children())
         if not inside: raise ConfigError(f"field train.freeze: {name!r} is no part of the model; it has {parts}, and parts of these such as transformer.encoder")
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and f"{n}.".startswith(f"{name}.") for n, m in model.named_modules()):
+            raise ConfigError(f"field train.freeze: {name!r} has BatchNorms whose statistics would go on changing; freeze them too, with model.backbone_norm=frozen")
         for p in inside: p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()): raise ConfigError(f"field train.freeze: {', '.join(names)}: nothing is left to train")
 
@@ -888,9 +890,9 @@ def note_environment(
 )->None:
     "Add to environment.json what a run goes on with, where it is not what it had."
     file, now = folder/"environment.json", environment(config, device)
-    try: facts = json.loads(file.read_bytes())
-    except (OSError, ValueError): facts = {}                                               # removed or damaged: the present one is better than none
-    before = facts.get("resumed", [facts])[-1]
+    try: facts = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError): facts = {}                                    # removed or damaged: the present one is better than none
+    before = (facts.get("resumed") or [facts])[-1]
     if all(before.get(name) == value for name, value in now.items()): return
     facts = dict(facts, resumed=[*facts.get("resumed", []), now]) if facts else now
     write_atomic(file, json.dumps(facts, indent=1) + "\n")
@@ -900,30 +902,44 @@ def data_mark(
     train:CocoKeypoints,
     val:CocoKeypoints,
 )->str: # hexadecimal
-    "A checksum of the images, categories and joints of both splits."
-    seen = [[d.image_ids, list(d.index.names), list(d.skeleton.keypoints)] for d in (train, val)]
-    return sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    "A checksum of the images, their names, sizes and numbers of people, and of the categories and joints of both splits."
+    digest = sha256()
+    for d in (train, val):
+        digest.update(json.dumps([list(d.index.names), list(d.skeleton.keypoints)]).encode())
+        for part in (d.index.images.ids, d.index.images.sizes, d.index.images.file_names): digest.update(np.ascontiguousarray(part[d.rows]).tobytes())
+        digest.update(d.index.people.count()[d.rows].tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/31_engine.ipynb #a7dc9f1b
+def _locked(folder):
+    "An open file that holds the lock of a run folder; None where there are no such locks (Windows, some network file systems). Raises: CheckpointError."
+    try: import fcntl
+    except ImportError: return None
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(folder/".lock", "w")
+        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN): return None
+            raise CheckpointError(f"{folder}: another process trains in this folder; wait for it, or choose another folder") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder/".lock")): return file
+        file.close()                                                                       # the process before has removed it meanwhile
+
 @contextmanager
 def only_here(
-    folder:Path, # run folder
+    folder:Path, # run folder; made if it is not there, and removed again if nothing comes into it
 )->Iterator[None]:
-    "Let no other process train in a run folder meanwhile, where the system has such locks. Raises: CheckpointError if one does."
-    file = folder/".lock"
-    def take():
-        try: import fcntl
-        except ImportError: return None                                                     # Windows
-        held = open(file, "w")
-        try: fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN): raise CheckpointError(f"{folder}: another process trains in this folder; wait for it, or choose another folder") from None
-        return held                                                                         # other errors: network file systems without locks
-    held = []
-    on_main(lambda: held.append(take()))
+    "Let no other process train in a run folder meanwhile. Raises: CheckpointError if one does."
+    new, held = on_main(lambda: not folder.is_dir()), []
+    on_main(lambda: held.append(_locked(folder)))
     try: yield
     finally:
-        for lock in filter(None, held): file.unlink(missing_ok=True); lock.close()
+        for file in filter(None, held):
+            (folder/".lock").unlink(missing_ok=True); file.close()
+            if new:
+                with suppress(OSError): folder.rmdir()
 
 # %% ../nbs/31_engine.ipynb #ff5545dd
 def finish_pretraining(
@@ -1037,10 +1053,8 @@ def fit(
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
     folder, device, progress = Path(folder), choose_device(config.train.device), progress and is_main()
     with ExitStack() as last, processes(device):
-        held = on_main(folder.is_dir)
-        if held: last.enter_context(only_here(folder))
+        last.enter_context(only_here(folder))
         state, loader, batches, evaluation = begin(config, folder, device, resume, init)
-        if not held: last.enter_context(only_here(folder))
         mark_begun()
         asked = last.enter_context(stop_requests())                  # until the processes have parted: a late SIGTERM must not end one that the others wait for
         try:

@@ -177,7 +177,9 @@ def warp_image(
     warped = warp_pixels(pixels, plan.matrix, plan.size)
     for cells, matrix in plan.dropped: warped = drop_cells(warped, cells, plan.matrix @ matrix)
     out = torch.from_numpy(warped).permute(2, 0, 1)
-    for change in plan.pixels: out = change(out)
+    for change in plan.pixels:
+        out = change(out)
+        if out.dtype != torch.uint8 or tuple(out.shape) != (3, *plan.size): raise DataError(f"a step's pixels gave {out.dtype} of shape {tuple(out.shape)}; it must give uint8 {(3, *plan.size)}, as it was given")
     return tv_tensors.wrap(out, like=image) if isinstance(image, tv_tensors.Image) else out
 
 # %% ../nbs/05_transforms.ipynb #da03d078

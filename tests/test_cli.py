@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 import poet_nb
 from poet_nb import cli, engine, weights
 from poet_nb.config import DataError, PoetError, load_config
+from poet_nb.keypoints import COCO_PERSON
 from poet_nb.synth import SynthConfig, make_synth
 from test_engine import StopAfter
 
@@ -649,3 +651,27 @@ def test_as_a_program(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POET_TRACEBACK": ""}
     done = subprocess.run([sys.executable, "-m", "poet_nb.cli", "predict", "nothing.jpg"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == "poet: error: nothing.jpg: there is no such image, video, folder or pattern; is the path right?\n"
+
+
+@pytest.mark.parametrize("there, level", [(range(5, 16), "warning"), (range(5, 15), "error")], ids=["19 missing in a row", "20 in a row"])
+def test_a_gap_that_no_other_image_can_fill_is_an_error(tmp_path, there, level):
+    "Of thirty images; the first follow the last."
+    (tmp_path / "train2017").mkdir(); (tmp_path / "annotations").mkdir()
+    person = dict(id=1, image_id=1, category_id=1, keypoints=[5, 5, 2] + [0] * 48, num_keypoints=1, bbox=[0, 0, 9, 9], area=50, iscrowd=0)
+    images = [dict(id=i, file_name=f"{i}.jpg", width=9, height=9) for i in range(1, 31)]
+    (tmp_path / "annotations/person_keypoints_train2017.json").write_text(json.dumps(dict(images=images, annotations=[person], categories=[COCO_PERSON.to_category()])))
+    for i in there: (tmp_path / f"train2017/{i}.jpg").touch()
+    data = cli.open_coco(tmp_path, "train2017")
+    if level == "warning": assert "19 of the 30 images" in cli.check_images(data, tmp_path, few=True)
+    else:
+        with pytest.raises(DataError, match="20 of the 30 images"): cli.check_images(data, tmp_path, few=True)
+
+
+def test_predictions_of_other_joints_or_categories_are_not_scored_by_their_numbers(tmp_path):
+    truth = SimpleNamespace(name="truth.json", dataset=dict(categories=[dict(id=3, name="horse", keypoints=["a", "b"])]))
+    same = lambda *categories: cli.same_kinds([dict(id=i, name=n, keypoints=list(k)) for i, n, k in categories], truth, "predictions.json")
+    assert same((1, "horse", "ab")) == {1: 3}
+    with pytest.warns(UserWarning, match="'zebra' is scored as 'horse'"): assert same((3, "zebra", "ab")) == {3: 3}
+    with pytest.raises(DataError, match=r"joints of 'horse' \(b, a\) are not those of truth.json \(a, b\)"): same((1, "horse", "ba"))
+    truth.dataset["categories"].append(dict(id=4, name="cow", keypoints=["a", "b"]))
+    with pytest.raises(DataError, match="category 'zebra' is not in truth.json, which has horse, cow"): same((3, "zebra", "ab"))

@@ -1011,6 +1011,37 @@ def test_a_checkpoint_from_before_data_were_marked_is_gone_on_with(runs, tmp_pat
     assert len(fit(override(config, **{"train.epochs": 3}), folder, resume=True, progress=False)) == 3
 
 
+def test_data_of_the_same_numbers_are_told_apart(scenes, tmp_path):
+    make_synth(tmp_path, "val2017", n=5, config=SynthConfig(size=64), seed=2, workers=1, progress=False)
+    a, b = (engine.open_split(small(root).data, "val2017") for root in (scenes, tmp_path))
+    assert a.image_ids == b.image_ids and len({engine.data_mark(*pair) for pair in ((a, a), (a, b), (b, a))}) == 3
+
+
+def test_two_first_starts_in_one_folder(scenes, tmp_path):
+    "The second is refused before it writes anything."
+    program = "import sys; from pathlib import Path; from poet_nb.engine import only_here\nwith only_here(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(CheckpointError, match="another process trains"): fit(small(scenes), tmp_path / "run", progress=False)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+        other.communicate("")
+    assert not (tmp_path / "run").exists(), "a start that comes to nothing leaves nothing"
+
+
+def test_parts_with_live_statistics_are_not_called_frozen(scenes, tmp_path):
+    with pytest.raises(PoetError, match="train.freeze: 'backbone' has BatchNorms whose statistics"):
+        fit(small(scenes, **{"train.pretrain_epochs": 0, "model.backbone_norm": "batch", "train.freeze": ["backbone"]}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"resumed": []}', "7"])
+def test_an_odd_environment_file_is_replaced(runs, tmp_path, content):
+    config, whole = runs("dropout")
+    folder = copied(whole, tmp_path)
+    (folder / "environment.json").write_text(content)
+    fit(config, folder, resume=True, progress=False)
+    assert "commit" in (now := json.loads((folder / "environment.json").read_text())) or now["resumed"][0]["commit"] is not None
+
+
 def test_what_a_run_goes_on_with_is_written_down(runs, tmp_path):
     config, whole = runs("dropout")
     folder = copied(whole, tmp_path)

@@ -458,3 +458,11 @@ def test_a_loader_process_lays_its_batch_out_in_shared_memory():
     (shared, batch), = torch.utils.data.DataLoader(images, batch_size=2, num_workers=1, collate_fn=where_it_lies)
     here, plain = where_it_lies(images)
     assert shared and not here and torch.equal(batch, plain) and batch.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("change", [lambda x: x / 255, lambda x: x[:1], lambda x: x[:, 1:]], ids=["float", "one channel", "another size"])
+def test_what_a_step_makes_of_the_colours_is_checked(change):
+    class Odd(Step):
+        "A step as one may write it by mistake."
+        def pixels(self, image, generator=None): return change(image)
+    with pytest.raises(DataError, match="a step's pixels gave .*it must give uint8"): warp_image(torch.zeros(3, 8, 8, dtype=torch.uint8), Odd().extend(Plan((8, 8), np.eye(3))))

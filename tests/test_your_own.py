@@ -184,3 +184,17 @@ def test_nothing_that_is_there_is_written_over(tmp_path, what):
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     with pytest.raises(DataError, match="mine: holds something else already .*choose a new folder"): lay_out(pictures, file, root, **out)
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_a_picture_of_the_same_name_that_is_another_is_not_written_over(tmp_path):
+    pictures, file = newts(tmp_path, 9)
+    root = tmp_path / "mine"
+    lay_out(pictures, file, root)
+    for left in root.glob("annotations/*"): left.unlink()
+    mine = next(p for p in (root / "train2017").rglob("*") if p.is_file())
+    mine.write_bytes(b"another picture")
+    with pytest.raises(DataError, match="holds something else already"): lay_out(pictures, file, root)
+    assert mine.read_bytes() == b"another picture" and not any((root / "annotations").iterdir())
+    mine.unlink()
+    (root / "annotations/train2017.json").write_text('{"images": []}')
+    with pytest.raises(DataError, match="holds something else already .*train2017.json"): lay_out(pictures, file, root)
