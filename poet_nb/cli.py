@@ -669,7 +669,7 @@ def more_numbers(
     more = dict(categories=category_scores(truth, results, images=args.images)) if args.by_category else {}
     return more | (dict(joints=joint_errors(truth, results, args.joints, images=args.images)) if args.joints is not None else {})
 
-# %% ../nbs/33_cli.ipynb #e83996bd
+# %% ../nbs/33_cli.ipynb #cbf909ff
 def same_kinds(
     categories:list[dict], # of the predictions, COCO's
     truth,      # of `load_ground_truth`
@@ -685,6 +685,7 @@ def same_kinds(
         out[c["id"]] = o["id"]
     return out
 
+# %% ../nbs/33_cli.ipynb #e83996bd
 def renumbered(
     coco:dict,  # predictions.json of `poet predict`: images, annotations, categories
     truth,      # of `load_ground_truth`
