@@ -39,7 +39,7 @@ from .config import CheckpointError, Config, ConfigError, DataError, PoetError, 
 from .keypoints import COCO_PERSON, Skeleton, lone_sides
 from .plot import overlay_poses, read_metrics
 from .synth import SynthConfig, make_synth
-from .coco import COCO_URL, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, missing_images, open_coco, open_split, splits_of
+from .coco import COCO_URL, STAND_INS, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, missing_images, open_coco, open_split, splits_of
 from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
@@ -334,14 +334,14 @@ def split_remedy(
 def check_images(
     data:CocoKeypoints,
     root:Path,      # dataset folder
-    few:bool=False, # True: an error only if not one is there
+    few:bool=False, # True: an error only where so many in a row are missing that no other can stand in
 )->str: # which are missing, and what helps; "" none
     "Are the images of a split there? Raises: DataError."
     if not (lost := missing_images(data)): return ""
     text, remedy = f"{len(lost):,} of the {len(data):,} images of {data.annotations_file} are not there, the first is {lost[0]}", split_remedy(root, data.annotations_file.name)
     gone = set(lost)
     row = max(len(list(run)) for missing, run in groupby([data.image_path(i) in gone for i in range(len(data))] * 2) if missing) # the first follow the last
-    if few and row < min(20, len(data)): return f"{text}; they are passed over, and others take their places"
+    if few and row < min(STAND_INS, len(data)): return f"{text}; they are passed over, and others take their places"
     raise DataError(f"{text}; restore them, or mend field file_name of the annotations; {remedy if remedy.startswith('`poet data') else '--data names another dataset'}")
 
 def find_data(

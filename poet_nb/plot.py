@@ -68,7 +68,7 @@ def _array_of(image):
 def _to_bytes(array):
     "Floats in [0, 1] as uint8; uint8 as it is; PoetError for anything else."
     if array.dtype == np.uint8: return array
-    if array.dtype.kind != "f": raise PoetError(f"cannot draw an image of {array.dtype}: give uint8, or floats in [0, 1]")
+    if array.dtype.kind != "f": raise PoetError(f"an image can't be of {array.dtype}: give uint8, or floats in [0, 1]")
     if array.min() >= -1e-3 and array.max() <= 1 + 1e-3: return (array.clip(0, 1) * 255).round().astype(np.uint8)
     raise PoetError(f"a float image must lie in [0, 1], this one in [{array.min():.3g}, {array.max():.3g}]: undo the normalisation")
 
@@ -80,7 +80,7 @@ def to_image(
     array = _array_of(image)
     if array.ndim == 2: array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise PoetError(f"cannot draw an image of shape {np.shape(image)}: give (3, H, W) as a tensor or (H, W, 3) as an array")
+        raise PoetError(f"an image can't be of shape {np.shape(image)}: give (3, H, W) as a tensor or (H, W, 3) as an array")
     return np.ascontiguousarray(np.broadcast_to(_to_bytes(array)[..., :3], (*array.shape[:2], 3)))
 
 # %% ../nbs/02_plot.ipynb #c4b36c30

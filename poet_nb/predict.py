@@ -83,8 +83,7 @@ def load_image(
             try: return read_image(file, bits=bits)
             except DataError as error: raise DataError(str(error).replace(str(file), image)) from None
     if isinstance(image, (str, os.PathLike)): return read_image(image, bits=bits)
-    try: array = rgb_array(ImageOps.exif_transpose(image), bits) if isinstance(image, Image.Image) else to_image(image)
-    except PoetError as error: raise PoetError(str(error).replace("cannot draw an image", "cannot read an image")) from None
+    array = rgb_array(ImageOps.exif_transpose(image), bits) if isinstance(image, Image.Image) else to_image(image)
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)
 
 # %% ../nbs/32_predict.ipynb #2daae9d6
