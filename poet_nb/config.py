@@ -118,7 +118,7 @@ class DataConfig:
     workers:int = 2                                     # loader processes
     buckets:bool = False                                # batches of images with the same padded size (pad_multiple)
     pin_memory:bool = True                              # batches in page-locked memory, where there is CUDA
-    worker_timeout:float = 120.                         # silence after which a loader process counts as hanging, seconds; 0 waits for ever
+    worker_timeout:float = 120.                         # silence after which the loader is started anew, seconds; silent again, it counts as hanging; 0 waits for ever
 
 # %% ../nbs/00_config.ipynb #abd4734c
 @dataclass(frozen=True)

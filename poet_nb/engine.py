@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRETRAINING', 'METHODS', 'LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed', 'environment',
-           'Growing', 'Augmented', 'EpochBatches', 'loader_faults', 'tells_size', 'LoaderProcess', 'end_loaders',
-           'allow_open_files', 'Targets', 'PadTo', 'train_loader', 'same_size_batches', 'eval_loader', 'make_optimizer',
-           'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'freeze_parts', 'RunState', 'start_phase', 'new_model',
-           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step',
-           'compact', 'people_an_image', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint',
-           'write_checkpoint', 'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped',
-           'stop_requests', 'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line',
-           'is_finished', 'check_folder', 'make_folder', 'note_environment', 'data_mark', 'only_here',
-           'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit',
-           'describe_line']
+           'Growing', 'Augmented', 'EpochBatches', 'FixedBatches', 'loader_faults', 'tells_size', 'LoaderProcess',
+           'end_loaders', 'allow_open_files', 'Targets', 'PadTo', 'steady', 'train_loader', 'same_size_batches',
+           'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'freeze_parts',
+           'RunState', 'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all',
+           'Outcome', 'asks_later', 'train_step', 'compact', 'people_an_image', 'evaluate', 'mean_sums',
+           'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint', 'config_differences',
+           'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests', 'settle', 'train_epoch', 'read_log',
+           'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished', 'check_folder', 'make_folder',
+           'note_environment', 'data_mark', 'only_here', 'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of',
+           'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -139,6 +139,11 @@ class EpochBatches:
             batch = list(islice(order, self.batch_size))
             if i >= self.start: yield [(j, epoch) for j in share_of(batch)]
 
+class FixedBatches(list):
+    "Batches, always the same; can start in the middle."
+    start = 0
+    def __iter__(self): return iter(self[self.start:])
+
 # %% ../nbs/31_engine.ipynb #15939daa
 @contextmanager
 def loader_faults()->Iterator[None]:
@@ -236,6 +241,30 @@ def _loader(dataset, batches, config, device):
                       worker_init_fn=partial(_worker, nice=10 if device.type == "cuda" else 0), multiprocessing_context=_loader_context() if workers else None, persistent_workers=workers > 0, timeout=config.data.worker_timeout if workers else 0,
                       generator=torch.Generator()) # of its own: a loader draws a seed when it starts, and must not take it from dropout's generator
 
+# %% ../nbs/31_engine.ipynb #15d3b7f7
+def steady(
+    loader, # with a batch sampler that can `start` in the middle; others are taken as they are
+)->Iterator:
+    "Batches of a loader. Where it falls silent its processes are started anew, with the batch that is due. Raises: RuntimeError, if it is silent again before that comes."
+    sampler, given, silent = getattr(loader, "batch_sampler", None), 0, None
+    first, it = getattr(sampler, "start", None), iter(loader)
+    try:
+        while True:
+            try: batch = next(it)
+            except StopIteration: return
+            except RuntimeError as error:
+                if first is None or silent == given or "DataLoader timed out" not in str(error): raise
+                it = loader._iterator = None                                                        # without an iterator its processes are ended
+            if it is None:                                                                          # here, for the error holds the iterator
+                silent, sampler.start = given, first + given
+                it = iter(loader)
+                continue
+            if silent == given: print(f"warning: the loader was silent for {loader.timeout:.0f} s and was started anew; with other processes it goes on", file=sys.stderr)
+            given += 1
+            yield batch
+    finally:
+        if silent is not None: sampler.start = first
+
 # %% ../nbs/31_engine.ipynb #92f8ce4c
 def train_loader(
     config:Config,
@@ -277,7 +306,7 @@ def eval_loader(
     planned = lambda size: data.transforms.plan(Plan(tuple(size), np.eye(3))).size
     shown = [padded_size([planned(size)], config.data.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
     batches = same_size_batches(shown, min(config.train.batch_size, 32))
-    return _loader(data, batches[rank()::world_size()], config, device)
+    return _loader(data, FixedBatches(batches[rank()::world_size()]), config, device)
 
 # %% ../nbs/31_engine.ipynb #b9f12be6
 def make_optimizer(
@@ -576,7 +605,7 @@ def evaluate(
     truth=None,                     # KeypointGroundTruth of the split, to save parsing it again
     layer:int=-1,                   # decoder layer whose predictions are scored
     progress:bool=True,
-    asked:threading.Event|None=None, # set in any process: stop, with Stopped
+    asked=None,                     # a `StopRequest`; set in any process: stop, with Stopped
 )->tuple[dict, dict, list]: # COCO numbers, mean losses, COCO results
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = loader or eval_loader(config, device)
@@ -585,7 +614,7 @@ def evaluate(
     share = people_an_image(loader.dataset, config)
     model.eval()
     shared = min(gathered(len(loader)))                                                                # batches that every process has
-    for number, (samples, targets) in enumerate(tqdm(loader, desc="evaluate", disable=not progress, leave=False)):
+    for number, (samples, targets) in enumerate(tqdm(steady(loader), total=len(loader), desc="evaluate", disable=not progress, leave=False)):
         if asked is not None and number < shared and any_of(asked.is_set()): raise Stopped
         with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets, share * len(targets), len(targets))
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
@@ -714,11 +743,17 @@ def restore(
 class Stopped(Exception):
     "A run was asked to stop; its checkpoint is written."
 
+class StopRequest:
+    "Was the run asked to stop? Without a lock: a second signal that comes while the first is being noted would wait for that of a `threading.Event` for ever."
+    asked = False
+    def set(self): self.asked = True
+    def is_set(self): return self.asked
+
 # %% ../nbs/31_engine.ipynb #dbdfef61
 @contextmanager
-def stop_requests()->Iterator[threading.Event]:
-    "An event that is set by SIGINT or SIGTERM while the context lasts; then Ctrl-C stops at once, but not under torchrun, which passes on what all have had already."
-    asked, old, alone = threading.Event(), {}, not by_torchrun()
+def stop_requests()->Iterator[StopRequest]:
+    "A request that is set by SIGINT or SIGTERM while the context lasts; then Ctrl-C stops at once, but not under torchrun, which passes on what all have had already."
+    asked, old, alone = StopRequest(), {}, not by_torchrun()
     def note(number, frame):
         if asked.is_set() and alone and number == signal.SIGINT: raise KeyboardInterrupt
         if not asked.is_set(): os.write(2, b"\nstopping after this step, with everything saved" + b"; Ctrl-C stops at once" * alone + b"\n")  # print is not safe in a handler
@@ -732,7 +767,7 @@ def stop_requests()->Iterator[threading.Event]:
 # %% ../nbs/31_engine.ipynb #d17f1f33
 def _grouped(loader, n):
     "Batches of a loader, n at a time; an incomplete last group is left out."
-    it = iter(loader)
+    it = steady(loader)
     while True:
         try: yield [next(it) for _ in range(n)]
         except (StopIteration, RuntimeError) as e:
@@ -766,7 +801,7 @@ def settle(
     except NonFiniteError as e: _note_bad_step(state, e, outcome.parts, outcome.batch, config, folder)
 
 # %% ../nbs/31_engine.ipynb #5676a2eb
-def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, folder:Path, asked:threading.Event, epochs:int, progress:bool=True)->dict:
+def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, folder:Path, asked:StopRequest, epochs:int, progress:bool=True)->dict:
     "The rest of the present epoch; gives its mean losses. Raises: Stopped after saving, NonFiniteError."
     t, device = config.train, next(state.task.parameters()).device
     batches.epoch, batches.start = state.epoch + (PRETRAINING if state.phase == "pretrain" else 0), state.batch * t.accumulate
@@ -967,7 +1002,7 @@ def leave_results(
     save_results(results, folder/"predictions.json"); save_weights(model, folder/"model.safetensors", torch.float16)
 
 # %% ../nbs/31_engine.ipynb #86fef964
-def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation, progress:bool=True, asked:threading.Event|None=None)->dict:
+def end_epoch(state:RunState, means:dict, config:Config, folder:Path, evaluation, progress:bool=True, asked:StopRequest|None=None)->dict:
     "Evaluate if it is time, write weights and log, move on to the next epoch, save. Gives the line of the log. Raises: Stopped, if asked to during the evaluation."
     device, epoch = next(state.task.parameters()).device, state.epoch + 1
     line = dict(epoch=epoch, step=epoch * evaluation["steps_per_epoch"], images=int(evaluation["images_per_epoch"]), seconds=round(state.seconds, 1),

@@ -91,10 +91,9 @@ def runs(scenes, tmp_path_factory):
     return run
 
 
-class StopAfter(threading.Event):
+class StopAfter(engine.StopRequest):
     "A request to stop that comes after so many steps of `train_step`."
     def __init__(self, steps):
-        super().__init__()
         self.left, self.step = steps, engine.train_step
 
     def train_step(self, *args):
@@ -310,6 +309,28 @@ def test_a_second_sigterm_does_nothing_more_and_under_torchrun_no_second_signal_
         assert asked.is_set()
     one, two = (line for line in capfd.readouterr().err.splitlines() if line)
     assert "Ctrl-C stops at once" in one and "everything saved" in two and "Ctrl-C" not in two, "said once a run, and only what is true"
+
+
+NESTED = """
+import signal, sys
+from poet_nb.engine import stop_requests
+fired = []
+def trace(frame, event, argument):
+    if event == "line" and frame.f_back is not None and len(fired) % 2 == 0: # not in a handler that this very function has called
+        fired.append(frame.f_lineno); signal.raise_signal(signal.SIGTERM); fired.append(0)
+    return trace
+with stop_requests() as asked:
+    sys.settrace(trace)
+    signal.raise_signal(signal.SIGTERM)
+    sys.settrace(None)
+    assert asked.is_set() and len(fired) >= 6, fired
+"""
+
+
+def test_a_signal_may_come_anywhere_while_another_one_is_noted():
+    "At each line of the handler and of what it calls: a lock that the handler takes would be waited for by the handler."
+    env = os.environ | dict(PYTHONPATH=str(Path(engine.__file__).parents[1]))
+    subprocess.run([sys.executable, "-c", NESTED], env=env, check=True, capture_output=True, timeout=120)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

@@ -239,6 +239,25 @@ def test_a_loader_process_that_dies_or_hangs_is_one_line(programs, hurried, tmp_
     assert [line["train"] for line in log] == [line["train"] for line in without_times(whole, "metrics.jsonl")], "without loader processes it goes on"
 
 
+@linux
+def test_a_loader_that_falls_silent_is_started_anew_and_nobody_can_tell(hurried, tmp_path, monkeypatch, capsys):
+    "Once in an epoch and once in an evaluation, each in the middle; the disk answers the next process."
+    config, _, whole = hurried
+    splits = {name: tmp_path / name for name in (config.data.train, config.data.val)}
+    for flag in splits.values(): flag.touch()
+    real, calls = coco.read_image, Counter()
+    def slow(path, *args):
+        for name, flag in splits.items():
+            calls[name] += get_worker_info() is not None and name in str(path)
+            if calls[name] == 7 and flag.exists(): flag.unlink(); time.sleep(1000)
+        return real(path, *args)
+    monkeypatch.setattr(coco, "read_image", slow)
+    fit(override(config, **{"data.workers": 1, "data.worker_timeout": 2}), tmp_path / "run", progress=False)
+    assert not any(flag.exists() for flag in splits.values()) and capsys.readouterr().err.count("was started anew") == 2
+    ours = left_by(tmp_path / "run")
+    assert difference(left_by(whole), ours | dict(checkpoint=ours["checkpoint"] | dict(config=config.to_dict()))) is None
+
+
 def test_a_bug_in_a_loader_process_stays_a_bug():
     @engine.loader_faults()
     def broken(): raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nboom")
