@@ -81,6 +81,11 @@ def trim_maps(
     return weights.unflatten(-1, padding.shape)[..., :rows, :columns]
 
 # %% ../nbs/40_attention.ipynb #d45e579e
+def _on_cpu(x):
+    "Outputs of a model, those of earlier decoder layers too."
+    if isinstance(x, Tensor): return x.float().cpu()
+    return {k: _on_cpu(v) for k, v in x.items()} if isinstance(x, dict) else [_on_cpu(v) for v in x] if isinstance(x, list) else x
+
 @torch.no_grad()
 def _forward(model, samples, mean):
     "Outputs and notes of one forward pass in evaluation mode."
@@ -105,7 +110,7 @@ def observe(
     weight = next(model.parameters())
     samples = normalize(pad_images([resized], data.pad_multiple).to(weight.device), dtype=weight.dtype)
     outputs, found = _forward(model, samples, heads == "mean")
-    outputs = {k: v.float().cpu() if isinstance(v, Tensor) else v for k, v in outputs.items()}
+    outputs = _on_cpu(outputs)
     encoder, decoder = (outputs.pop(f"{name}_attention")[:, 0] for name in ("encoder", "decoder"))
     padding = found.pop("padding")[0].view(found["features"][-2:]).cpu()
     encoder = trim_maps(trim_maps(encoder, padding).movedim(2, -1), padding).movedim((2, 3), (4, 5))
