@@ -258,6 +258,35 @@ def test_a_loader_that_falls_silent_is_started_anew_and_nobody_can_tell(hurried,
     assert difference(left_by(whole), ours | dict(checkpoint=ours["checkpoint"] | dict(config=config.to_dict()))) is None
 
 
+SPAWNED = """
+import multiprocessing, sys
+import numpy, scipy, torch, torchvision, poet_nb.buckets, poet_nb.coco_eval, poet_nb.distributed, poet_nb.pretrain, poet_nb.switches, poet_nb.weights
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.platform, real = "darwin", sys.platform # for the one line of the engine that asks
+    import poet_nb.engine
+    sys.platform = real
+    assert issubclass(poet_nb.engine.LoaderProcess, multiprocessing.context.SpawnProcess)
+    import test_engine # its backbone
+    from poet_nb.cli import main
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_loader_processes_that_are_no_copies_as_on_a_mac(hurried, tmp_path):
+    "They get data and augmentation as a message, and the run is the same to the bit."
+    config, wanted, whole = hurried
+    (tmp_path / "train.py").write_text(SPAWNED)
+    words = ["train", "--config", wanted, "--run", tmp_path / "run", "--quiet", "--set", "data.workers=2"]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, [ROOT, ROOT / "tests"])))
+    done = subprocess.run([sys.executable, tmp_path / "train.py", *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours = left_by(tmp_path / "run")
+    assert difference(left_by(whole), ours | dict(checkpoint=ours["checkpoint"] | dict(config=config.to_dict()))) is None
+
+
 def test_a_bug_in_a_loader_process_stays_a_bug():
     @engine.loader_faults()
     def broken(): raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nboom")
