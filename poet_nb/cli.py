@@ -4,31 +4,25 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 'option', 'command', 'make_parser', 'main',
-           'at_least', 'share', 'count_cores', 'data_synth', 'data_coco', 'data_split', 'with_settings',
-           'usable_device', 'split_remedy', 'check_images', 'find_data', 'check_data', 'adapt_model', 'fitting_preset',
-           'train_config', 'lost_weights', 'check_resume', 'weights_of', 'report_run', 'few_queries', 'odd_schedule',
-           'check_training', 'run_train', 'load_run', 'layer_index', 'model_named', 'model_of', 'eval_model',
-           'same_names', 'score_run', 'unlabelled_images', 'write_submission', 'table_text', 'more_numbers',
-           'same_kinds', 'renumbered', 'read_results', 'run_eval', 'expand_sources', 'overlay_path', 'subfolder',
-           'PredictJob', 'predict_images', 'predict_frames_of', 'local_files', 'run_job', 'common_folder',
-           'write_labels', 'run_predict', 'run_export', 'find_checkout', 'figure_job', 'run_figures', 'image_size',
-           'run_bench_command', 'check_software', 'free_memory', 'check_precision', 'check_machine', 'check_split',
-           'check_datasets', 'doctor_config', 'typical_size', 'check_people', 'check_dataset', 'check_run',
-           'check_runs', 'run_doctor']
+           'at_least', 'share', 'data_synth', 'data_coco', 'data_split', 'with_settings', 'usable_device',
+           'adapt_model', 'named_config', 'fitting_preset', 'train_config', 'report_run', 'check_training', 'run_train',
+           'layer_index', 'model_named', 'model_of', 'eval_model', 'same_names', 'score_run', 'unlabelled_images',
+           'write_submission', 'table_text', 'more_numbers', 'same_kinds', 'renumbered', 'read_results', 'run_eval',
+           'expand_sources', 'overlay_path', 'subfolder', 'PredictJob', 'predict_images', 'predict_frames_of',
+           'local_files', 'run_job', 'common_folder', 'write_labels', 'run_predict', 'run_export', 'find_checkout',
+           'figure_job', 'run_figures', 'image_size', 'run_bench_command', 'doctor_config', 'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
-import argparse, errno, glob, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
+import argparse, errno, glob, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from importlib import metadata
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -36,19 +30,20 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, write_atomic
-from .keypoints import COCO_PERSON, Skeleton, lone_sides
-from .plot import overlay_poses, read_metrics
+from .keypoints import COCO_PERSON, Skeleton
+from .plot import overlay_poses
 from .synth import SynthConfig, make_synth
-from .coco import COCO_URL, STAND_INS, CocoKeypoints, annotation_file, check_posed, describe, download_coco, lay_out, missing_images, open_coco, open_split, splits_of
+from .coco import COCO_URL, CocoKeypoints, annotation_file, check_posed, download_coco, lay_out, open_split
 from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
 from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
 from .distributed import is_main, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, best_line, bf16_speed, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
+from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
-from .transforms import shortest_side
+from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
+                            weights_of)
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -219,11 +214,6 @@ def share(
     if not 0 <= value <= 1: raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
-# %% ../nbs/33_cli.ipynb #b930ee23
-def count_cores()->int:
-    "CPU cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 # %% ../nbs/33_cli.ipynb #08ce1a28
 @command("data synth", "Draw synthetic people in COCO's format, the data that poet_tiny is trained on.",
          "poet data synth --folder data/synth --train 24000 --val 500",
@@ -315,57 +305,6 @@ def usable_device(
         raise ConfigError(f"device {name!r} can't be used ({str(error).splitlines()[0]:.100}); take cpu or auto, `poet doctor` tells what is there") from None
     return device
 
-# %% ../nbs/33_cli.ipynb #8b19f240
-def split_remedy(
-    root:Path, # dataset folder
-    name:str,  # of the annotation file that is missing
-)->str:
-    "What to do about a split that is not there."
-    coco, files = "coco" in root.name.lower(), [annotation_file(root, split) for split in splits_of(root)]
-    usual = name in ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
-    made = lambda file: (b"cocodataset.org" if coco else b'"synth":') in file.open("rb").read(1000) # the file says in its first lines where it comes from
-    if not root.is_dir() or not any(root.iterdir()) or usual and (any(map(made, files)) if files else coco):
-        return f"`poet data {'coco' if coco else 'synth'} --folder {shlex.quote(str(root))}` {'downloads COCO' if coco else 'draws synthetic people'}, --data names another dataset"
-    layout = "data/README.md shows the layout, `poet data split` divides a single file, as notebook 72 does"
-    if files: return f"name the splits with --set data.train=NAME data.val=NAME, or call them train2017 and val2017 ({layout}); --data names another dataset"
-    return f"a split NAME is a folder NAME of pictures and the file annotations/person_keypoints_NAME.json, keypoints_NAME.json or NAME.json ({layout}); --data names another dataset"
-
-# %% ../nbs/33_cli.ipynb #e9720b0a
-def check_images(
-    data:CocoKeypoints,
-    root:Path,      # dataset folder
-    few:bool=False, # True: an error only where so many in a row are missing that no other can stand in
-)->str: # which are missing, and what helps; "" none
-    "Are the images of a split there? Raises: DataError."
-    if not (lost := missing_images(data)): return ""
-    text, remedy = f"{len(lost):,} of the {len(data):,} images of {data.annotations_file} are not there, the first is {lost[0]}", split_remedy(root, data.annotations_file.name)
-    gone = set(lost)
-    row = max(len(list(run)) for missing, run in groupby([data.image_path(i) in gone for i in range(len(data))] * 2) if missing) # the first follow the last
-    if few and row < min(STAND_INS, len(data)): return f"{text}; they are passed over, and others take their places"
-    raise DataError(f"{text}; restore them, or mend field file_name of the annotations; {remedy if remedy.startswith('`poet data') else '--data names another dataset'}")
-
-def find_data(
-    config:Config,
-    splits:list[str], # those that are needed
-)->CocoKeypoints: # the last of them
-    "Open a dataset. Raises: DataError that says how to get it, or that images of the last split are not there."
-    root = Path(config.data.root)
-    for file in (annotation_file(root, split) for split in splits):
-        there = [f.name for f in sorted(root.glob("annotations/*.json"))]
-        if not file.is_file(): raise DataError(f"{file}: there is no such file{' (but there is ' + ', '.join(there[:6]) + ')' if there else ''}; {split_remedy(root, file.name)}")
-    data = open_split(config.data, splits[-1])
-    check_images(data, root)
-    return data
-
-def check_data(
-    config:Config,
-    splits:list[str], # those that are needed
-)->CocoKeypoints: # the last of them
-    "Open a dataset. Raises: DataError, ConfigError where the model's joints or classes are not the data's."
-    data = find_data(config, splits)
-    check_sizes(config, data)
-    return data
-
 # %% ../nbs/33_cli.ipynb #cca9a703
 def adapt_model(
     config:Config,
@@ -379,6 +318,13 @@ def adapt_model(
     return (override(config, **changes), told) if changes else (config, "")
 
 # %% ../nbs/33_cli.ipynb #bf355e74
+def named_config(
+    args:argparse.Namespace, # with preset and config
+)->Config|None: # None: neither is given
+    "The configuration that --preset or --config names. Raises: ConfigError."
+    if args.preset and args.config: raise ConfigError("--preset and --config: give one of the two; single settings are changed with --set")
+    return load_config(args.config) if args.config else preset(args.preset) if args.preset else None
+
 def fitting_preset(
     init:str|None, # weights that no config.json describes, as for `weights_of`; None: none
 )->str: # name of a preset
@@ -393,10 +339,8 @@ def train_config(
     args:argparse.Namespace, # of `poet train`
 )->Config:
     "The configuration that the options of `poet train` ask for. Raises: ConfigError."
-    if args.preset and args.config: raise ConfigError("--preset and --config: give one of the two; single settings are changed with --set")
     source = Path(args.init) if args.init and not is_url(args.init) else None
-    if args.config: config = load_config(args.config)
-    elif args.preset: config = preset(args.preset)
+    if config := named_config(args): pass
     elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
     elif args.resume and (args.run / "checkpoint.pt").is_file(): config = config_from_dict(read_checkpoint(args.run)["config"], f"{args.run / 'checkpoint.pt'}") # config.json was lost
     elif source and source.is_dir(): config = load_config(source)
@@ -404,46 +348,6 @@ def train_config(
     elif source and not source.exists() and is_hub_id(args.init): config = load_config(weights_of(args.init).parent)
     else: config = preset(fitting_preset(args.init))
     return with_settings(config, args)
-
-# %% ../nbs/33_cli.ipynb #6692db3b
-_ANEW = "its weights were not kept; train anew with the command in its README.md, or take another run"
-
-# %% ../nbs/33_cli.ipynb #8b2e07e0
-def lost_weights(
-    run:Path, # run folder
-)->bool:
-    "Has a run results, but neither weights nor a checkpoint? So are committed runs that are there for their logs."
-    return (run / "metrics.jsonl").is_file() and not any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt", "model.safetensors"))
-
-def check_resume(
-    run:Path,         # run folder
-    resume:bool,      # --resume was given
-    init:bool=False,  # so was --init
-)->None:
-    "Raises: CheckpointError where --resume has nothing to go on from, or would begin anew over results that are there."
-    if not resume or any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt")): return
-    if not (run / "config.json").exists(): raise CheckpointError(f"{run}: there is no run to go on with; start it without --resume")
-    if any((run / name).exists() for name in ("metrics.jsonl", "pretrain.jsonl", "model.safetensors")):
-        remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"
-        raise CheckpointError(f"{run}: has results but no checkpoint.pt (committed runs have none), so it can't be gone on with; {remedy}")
-    facts = run / "environment.json"
-    try: begun = json.loads(facts.read_bytes()).get("init")
-    except (OSError, ValueError, AttributeError): begun = None
-    if begun and not init: raise CheckpointError(f"{run}: was stopped before its first checkpoint, and had begun from other weights: give --init {shlex.quote(begun['path'])} again, with --resume")
-
-# %% ../nbs/33_cli.ipynb #14923517
-def weights_of(
-    source:str|Path, # run folder, file of weights, http(s) address, "official", or owner/name on the hub
-    stride:int=32,   # which of the authors' checkpoints "official" is
-)->Path: # file of weights
-    "The file that holds some weights. Raises: CheckpointError."
-    if is_url(str(source)) or not Path(source).exists() and (str(source) == "official" or is_hub_id(source)): return find_weights(str(source), stride)
-    source = Path(source)
-    file = source / "model.safetensors" if source.is_dir() else source
-    if file.is_file(): return file
-    if source.is_dir() and lost_weights(source): raise CheckpointError(f"{file}: there is no such file, {_ANEW}")
-    if source.is_dir(): raise CheckpointError(f"{file}: there is no such file; a run writes it after its first evaluation (`poet train --run {shlex.quote(str(source))} --resume` goes on)")
-    raise CheckpointError(f"{source}: there is no such run folder or file of weights; is the path right? (`poet train` makes run folders)")
 
 # %% ../nbs/33_cli.ipynb #daf2c12e
 def report_run(
@@ -460,27 +364,6 @@ def report_run(
     if not is_finished(log, config): print(f"next: poet train --run {where} --resume")
     else: print(f"next: poet eval --run {where}\n      poet predict PHOTO.jpg --run {where}")
     return 0 if is_finished(log, config) else 130
-
-# %% ../nbs/33_cli.ipynb #19ff3292
-def few_queries(
-    data:CocoKeypoints,
-    config:Config,
-)->str: # what is wrong and what helps; "" nothing
-    "Are there images with more people than the model can find?"
-    most, m = int(data.index.people.count(config.data.unposed == "nobody").max(initial=0)), config.model
-    if m.method != "poet" or most <= m.num_queries: return ""
-    return f"{data.annotations_file}: up to {most} of {', '.join(data.index.names)} in an image, but the model finds at most model.num_queries={m.num_queries}: train with --set model.num_queries={most}"
-
-def odd_schedule(
-    config:Config,
-    steps:int, # of the whole run
-)->str: # what is wrong and what helps; "" nothing
-    "Does a schedule end before it has begun?"
-    t = config.train
-    if t.schedule == "step" and t.lr_drops and min(t.lr_drops) >= t.epochs:
-        return f"the learning rate never falls: train.lr_drops={list(t.lr_drops)} come after the last epoch, {t.epochs}; --set train.schedule=cosine" + f", or train.lr_drops=[{2 * t.epochs // 3}]" * (t.epochs > 1)
-    if 0 < steps < 2 * t.warmup_steps: return f"train.warmup_steps={t.warmup_steps} are {'all' if steps <= t.warmup_steps else 'most'} of the {steps:,} steps of this run; --set train.warmup_steps={steps // 10}, or more epochs"
-    return ""
 
 # %% ../nbs/33_cli.ipynb #635a27fd
 def check_training(
@@ -529,14 +412,6 @@ def run_train(
     return report_run(args.run, config, log)
 
 # %% ../nbs/33_cli.ipynb #8d030f60
-def load_run(
-    folder:Path, # run folder
-)->Poet:
-    "The model of a run, in evaluation mode. Raises: CheckpointError, ConfigError."
-    if folder.is_file(): raise CheckpointError(f"{folder}: this is a file; give the run folder that it is in")
-    weights = weights_of(folder)
-    return build_poet(load_config(folder), weights)
-
 def layer_index(
     layer:int|None, # decoder layer, counted from 1; None: the last
     config:Config,
@@ -1086,183 +961,12 @@ def run_bench_command(
     for file in save_bench(record, args.out) if args.out else (): print(file)
     return 0
 
-# %% ../nbs/33_cli.ipynb #6cb6da83
-def _older(have, need):
-    "Is version `have` older than `need`? By their first three numbers."
-    a, b = ([int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]] for version in (have, need))
-    return a < b
-
-# %% ../nbs/33_cli.ipynb #8b521fe8
-def check_software()->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Versions, compared with what the installed package asks for."
-    yield "ok", "poet_nb", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
-    try: least = dict(m.groups() for r in metadata.requires("poet_nb") or [] if (m := re.match(r"([\w.-]+)\s*\(?>=([\d.]+)", r)))
-    except metadata.PackageNotFoundError:
-        least = {}
-        yield "warning", "installation", "poet_nb is used from its folder and not installed, so versions are not compared; `pip install -e .` in the repository installs it"
-    for name in ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pycocotools"):
-        have, need = metadata.version(name), least.get(name, "0")
-        yield ("error", name, f"{have} is older than {need}: pip install --upgrade '{name}>={need}'") if _older(have, need) else ("ok", name, have)
-    if find_spec("nbclient"): yield "ok", "notebooks", f"nbclient {metadata.version('nbclient')}"
-    else: yield "warning", "notebooks", "nbclient is missing, `poet figures` needs it: pip install -e '.[dev]' in the repository"
-
-# %% ../nbs/33_cli.ipynb #a6abc2b7
-def free_memory()->float|None: # GB; None where the system does not tell
-    "Memory that programs can still have."
-    try: return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
-    except (OSError, TypeError): return None
-
-# %% ../nbs/33_cli.ipynb #c057a7e6
-def check_precision(
-    device:torch.device,
-)->tuple[str, str, str]: # level, subject, finding
-    "Is bfloat16 the faster precision here, and does `amp=auto` know?"
-    speed, auto = bf16_speed(device), autocast_dtype("auto", device) is not None
-    fine = auto == (speed > 1) or .8 < speed < 1.25
-    text = f"bfloat16 products run at {speed:.1f} times the speed of float32, amp=auto takes {'bf16' if auto else 'float32'}"
-    return "ok" if fine else "warning", "precision", text + ("" if fine else f"; train with --set train.amp={'bf16' if speed > 1 else 'none'}")
-
-def check_machine(
-    folder:Path, # where data go
-)->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Device, threads, precision, memory, disk."
-    device, cores, threads = choose_device(), count_cores(), torch.get_num_threads()
-    if device.type == "cuda": yield "ok", "device", f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB free"
-    elif device.type == "cpu" and shutil.which("nvidia-smi"):
-        yield "warning", "device", f"there is an NVIDIA driver, but PyTorch {torch.__version__} can't use the GPU; install a CUDA build of PyTorch (pytorch.org)"
-    else: yield "ok", "device", f"{device.type}; enough for poet_tiny" + ("; poet_r50 wants a GPU" if device.type == "cpu" else "")
-    few = threads < cores and device.type == "cpu"
-    yield "warning" if few else "ok", "threads", f"PyTorch uses {threads} of {cores} cores" + ("; unset OMP_NUM_THREADS for training" if few else "")
-    if device.type in ("cpu", "cuda"): yield check_precision(device)
-    memory, disk = free_memory(), shutil.disk_usage(next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())).free / 1e9
-    if memory is not None: yield "ok" if memory > 3 else "warning", "memory", f"{memory:.1f} GB free" + ("" if memory > 3 else "; poet_tiny needs 3 for training: close other programs")
-    level = "ok" if disk > 5 else "warning" if disk > .5 else "error"
-    yield level, "disk", f"{disk:.1f} GB free" + ("" if level == "ok" else "; synthetic people take 0.5, COCO 40 while it is unpacked: make room")
-
-# %% ../nbs/33_cli.ipynb #9c8f3c63
-def check_split(
-    root:Path,  # dataset in COCO's layout
-    split:str,  # its name
-    remedy:str, # what completes it
-)->tuple[str, str]: # level, finding
-    "Are the images of a split there?"
-    file, images = annotation_file(root, split), root / split
-    there = sum(not e.name.endswith(".part") for e in os.scandir(images)) if images.is_dir() else 0
-    if not file.is_file(): return ("error", f"{there:,} images without annotations, interrupted? {remedy}") if there else ("warning", f"not there; {remedy}")
-    listed = file.read_bytes().count(b'"file_name"')
-    return ("ok", f"{listed:,} images") if there >= listed else ("error", f"{listed:,} images are listed, {there:,} are there; {remedy}")
-
-def check_datasets(
-    folder:Path, # holds synth/ and coco/
-)->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "The datasets that the presets use."
-    for name in ("synth", "coco"):
-        root = folder / name
-        remedy = f"`poet data {name} --folder {shlex.quote(str(root))}` " + ("draws people" if name == "synth" else "downloads COCO")
-        if not root.is_dir(): yield "warning", str(root), f"not there; {remedy}"
-        else: yield from ((level, str(root / split), text) for split in ("train2017", "val2017") for level, text in [check_split(root, split, remedy)])
-
 # %% ../nbs/33_cli.ipynb #c6da3ab9
 def doctor_config(
     args:argparse.Namespace, # of `poet doctor`: data, preset, config, set
 )->Config:
     "The configuration that shall learn a dataset. Raises: ConfigError."
-    if args.preset and args.config: raise ConfigError("--preset and --config: give one of the two; single settings are changed with --set")
-    config = load_config(args.config) if args.config else preset(args.preset or "poet_tiny")
-    return with_settings(config, argparse.Namespace(set=args.set, data=args.data, device=None))
-
-def typical_size(
-    data:CocoKeypoints,
-    config:Config, # says how large the network sees it
-)->np.ndarray: # (2,) width and height of the median creature with a labelled joint, pixels of the image as evaluation resizes it
-    "How large are the creatures?"
-    images, people = data.index.images, data.index.people
-    scale = np.array([shortest_side((h, w), config.data.eval_scale, config.data.max_size)[0] / h for h, w in images.sizes.tolist()])
-    sides = (people.boxes[:, 2:] - people.boxes[:, :2]) * np.repeat(scale, np.diff(people.start))[:, None]
-    return np.median(sides[(people.visibility > 0).any(1)], axis=0)
-
-def check_people(
-    data:CocoKeypoints,
-    config:Config, # as for `typical_size`
-)->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Is anybody labelled, in pixels, near the own box, and large enough to be seen?"
-    try: check_posed(data)
-    except DataError as error:
-        yield "error", "people", str(error)
-        return
-    if text := few_queries(data, config): yield "warning", "queries", text.removeprefix(f"{data.annotations_file}: ")
-    people, stride, name = data.index.people, config.model.stride, data.index.names[0]
-    seen, xy, box = people.visibility > 0, people.keypoints, people.boxes[:, None]
-    if xy[seen].max() <= 1:
-        yield "error", "joints", "all coordinates lie between 0 and 1; they must be pixels: multiply x by the image's width, y by its height (bbox likewise)"
-        return
-    margin = .1 * (box[..., 2:] - box[..., :2]).max(-1, keepdims=True)
-    stray = float((((xy < box[..., :2] - margin) | (xy > box[..., 2:] + margin)).any(-1) & seen).sum() / seen.sum())
-    if stray > .1: yield "warning", "joints", f"{stray:.0%} of the labelled ones lie far outside the box of their own {name}: is bbox x, y, width, height, in pixels as the joints are?"
-    size = typical_size(data, config)
-    small = size.max() < 2 * stride
-    yield "warning" if small else "ok", "size", f"the median {name} has {size[0]:.0f} x {size[1]:.0f} pixels as {config.name} sees it (data.eval_scale={config.data.eval_scale}), {size[0] / stride:.1f} x {size[1] / stride:.1f} cells of stride {stride}" + (
-        ": too few to tell joints apart. Larger data.scales, data.eval_scale and data.max_size help, or pictures that are cut around the creatures (notebook 72)" if small else "")
-
-# %% ../nbs/33_cli.ipynb #7f5b9a5f
-def check_dataset(
-    root:Path,     # dataset in COCO's layout
-    config:Config=preset("poet_tiny"), # says how it is opened, and how large the network sees it
-    images:int=20, # that are read of each split, spread over it
-)->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "Images, people, joints, mirror pairs, sigmas and sizes of each split."
-    if not splits_of(root): yield "error", str(root), "no annotations/person_keypoints_SPLIT.json, keypoints_SPLIT.json or SPLIT.json in it; data/README.md shows the layout, `poet data split` makes it"
-    for split in splits_of(root):
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            try:
-                data, failed = open_split(config.data, split, root), None
-                check_images(data, root)
-                for i in range(0, len(data), max(len(data) // images, 1)): data.load(i)
-            except PoetError as error: failed = error
-        for text in dict.fromkeys(str(w.message).removeprefix(f"{annotation_file(root, split)}: ") for w in told): yield "warning", str(root / split), text
-        if failed:
-            yield "error", str(root / split), explain(failed)
-            continue
-        s, n, lone = data.skeleton, describe(data), lone_sides(data.skeleton)
-        yield "ok", str(root / split), f"{n['images']:,} images, {n['people']:,} of {', '.join(data.index.names)}, {n['people_without_keypoints']:,} without joints"
-        sides = f"; no twin is found for {', '.join(lone[:6])}{', ...' * (len(lone) > 6)}: mend the names, or add flip_pairs to the category" if lone else ""
-        if not s.flip_pairs and not lone: sides = ": no name says left or right, so a mirror keeps the labels; if the creatures have sides, add flip_pairs to the category"
-        yield "warning" if sides else "ok", "joints", f"{s.num_keypoints} joints, {len(s.limbs)} limbs, {len(s.flip_pairs)} mirror pairs{sides}"
-        if s.guessed: yield "warning", "sigmas", f"none given, estimated for {', '.join(s.guessed[:5])}{', ...' * (len(s.guessed) > 5)}; evaluation works, but its numbers can be compared with each other only"
-        yield from check_people(data, config)
-
-# %% ../nbs/33_cli.ipynb #975b32d0
-def check_run(
-    run:Path, # run folder
-)->tuple[str, str]: # level, finding
-    "Can the model of a run be loaded, and how far did it come?"
-    try:
-        config = load_config(run)
-        log = read_metrics(run) if (run / "metrics.jsonl").is_file() else None
-        if lost_weights(run): return "ok", f"{config.name}, results without weights"
-        if not (run / "model.safetensors").is_file(): return "warning", f"{config.name}, no weights yet; `poet train --run {shlex.quote(str(run))} --resume` goes on"
-        load_run(run)
-    except PoetError as error: return "error", f"{explain(error)}; restore the file, or train again"
-    text = f"{config.name}, weights load"
-    if log is None: return "ok", text
-    last, scored = int(log["epoch"].iloc[-1]), log.dropna(subset="coco/AP") if "coco/AP" in log else log[:0]
-    text += f", epoch {last} of {config.train.epochs}"
-    if len(scored):                                                                     # what the weights came to
-        kept = scored.loc[scored["coco/AP"].idxmax()] if config.train.keep == "best" else scored.iloc[-1]
-        text += f", AP {kept['coco/AP']:.3f}" + f" after epoch {int(kept['epoch'])}" * int(kept["epoch"] != last)
-    return "ok", text
-
-def check_runs(
-    folder:Path, # holds run folders
-)->Iterator[tuple[str, str, str]]: # level, subject, finding
-    "The runs that are there, and the weights that runs start from."
-    runs = sorted(p.parent for p in folder.glob("*/config.json"))
-    if not runs: yield "warning", str(folder), "no run; `poet train --run data/runs/mine` makes one"
-    yield from ((level, str(run), text) for run in runs for level, text in [check_run(run)])
-    cache = sorted(Path(torch.hub.get_dir(), "checkpoints").glob("resnet*.pth"))
-    if cache: yield "ok", "ImageNet", ", ".join(p.name for p in cache)
-    else: yield "warning", "ImageNet", "no weights downloaded; poet_r50 gets 98 MB when training starts (without network: --set train.init=none or a file)"
+    return with_settings(named_config(args) or preset("poet_tiny"), argparse.Namespace(set=args.set, data=args.data, device=None))
 
 # %% ../nbs/33_cli.ipynb #04da830a
 @command("doctor", "Look for what is missing or broken: versions, device, memory, disk, data, runs.",

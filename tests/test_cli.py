@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import poet_nb
-from poet_nb import cli, engine, weights
+from poet_nb import checks, cli, engine, weights
 from poet_nb.config import DataError, PoetError, load_config
+from poet_nb.coco import open_coco
 from poet_nb.keypoints import COCO_PERSON
 from poet_nb.synth import SynthConfig, make_synth
 from test_engine import StopAfter
@@ -592,8 +593,8 @@ def test_doctor_finds_what_is_missing_and_what_is_broken(data, trained, tmp_path
 
 
 def test_doctor_compares_versions(monkeypatch):
-    monkeypatch.setattr(cli.metadata, "requires", lambda name: ["torch>=99.1", "numpy>=1.26", "nbdev<3,>=2.4.14; extra == 'dev'"])
-    found = {subject: (level, text) for level, subject, text in cli.check_software()}
+    monkeypatch.setattr(checks.metadata, "requires", lambda name: ["torch>=99.1", "numpy>=1.26", "nbdev<3,>=2.4.14; extra == 'dev'"])
+    found = {subject: (level, text) for level, subject, text in checks.check_software()}
     assert found["torch"][0] == "error" and "older than 99.1" in found["torch"][1] and found["numpy"][0] == "ok"
 
 
@@ -661,10 +662,10 @@ def test_a_gap_that_no_other_image_can_fill_is_an_error(tmp_path, there, level):
     images = [dict(id=i, file_name=f"{i}.jpg", width=9, height=9) for i in range(1, 31)]
     (tmp_path / "annotations/person_keypoints_train2017.json").write_text(json.dumps(dict(images=images, annotations=[person], categories=[COCO_PERSON.to_category()])))
     for i in there: (tmp_path / f"train2017/{i}.jpg").touch()
-    data = cli.open_coco(tmp_path, "train2017")
-    if level == "warning": assert "19 of the 30 images" in cli.check_images(data, tmp_path, few=True)
+    data = open_coco(tmp_path, "train2017")
+    if level == "warning": assert "19 of the 30 images" in checks.check_images(data, tmp_path, few=True)
     else:
-        with pytest.raises(DataError, match="20 of the 30 images"): cli.check_images(data, tmp_path, few=True)
+        with pytest.raises(DataError, match="20 of the 30 images"): checks.check_images(data, tmp_path, few=True)
 
 
 def test_predictions_of_other_joints_or_categories_are_not_scored_by_their_numbers(tmp_path):
