@@ -15,6 +15,7 @@ from torch import nn
 from poet_nb import transformer
 from poet_nb.analysis import run_layers
 from poet_nb.attention import observe
+from poet_nb.bench import PARTS, run_bench
 from poet_nb.coco import open_split
 from poet_nb.config import override
 from poet_nb.engine import choose_device, fit, new_model, start_phase, train_loader, train_step
@@ -192,6 +193,13 @@ def test_what_is_measured_of_a_model_is_that_of_the_cpu(tiny, scenes, there, dev
 def test_what_is_exported_of_a_model_on_the_gpu_is_on_the_cpu(tiny, there, device):
     with there(device): found = dict(DeployedPoet(copy.deepcopy(tiny).to(device)).state_dict())
     assert difference(dict(DeployedPoet(tiny).state_dict()), found) is None
+
+
+def test_every_part_is_measured_there(scenes, there):
+    config = override(small(scenes, "bf16", **{"train.fused": True}), **{"train.device": "cuda"})
+    with there(): record = run_bench(config, HERE, size=64, rounds=1, ceiling_n=64, steps=2)
+    assert record["environment"]["device_name"] == "pretended GPU" and record["step"]["host_waits"] == {"synchronizing": 1}
+    assert all(record[part]["peak_memory"] == 1 << 30 for part in PARTS)
 
 
 def test_apples_gpu_has_no_doubles(there):
