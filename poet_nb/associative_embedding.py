@@ -110,7 +110,7 @@ class AELoss(nn.Module):
 
     def losses(self, maps:dict, samples:NestedTensor, targets:list)->dict:
         "Maps (B, K, h, w) and targets -> \"loss\" and its unweighted parts."
-        ae, device, (B, K, h, w) = self.config.ae, maps["heatmaps"].device, maps["heatmaps"].shape
+        ae, device, (B, _, h, w) = self.config.ae, maps["heatmaps"].device, maps["heatmaps"].shape
         joints, seen, index = (t.to(device) for t in joint_list(targets, torch.tensor(samples.tensors.shape[-2:]), self.config.loss.visible))
         first = torch.arange(len(index), device=device) - torch.searchsorted(index, index) < ae.max_people # the list is sorted by image
         joints, seen, index = joints[first], seen[first], index[first]

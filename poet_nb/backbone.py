@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
-from .config import CheckpointError, ConfigError, ModelConfig
+from .config import CheckpointError, ConfigError
 
 # %% ../nbs/10_backbone.ipynb #71a16cfb
 class FoldedConv2d(nn.Conv2d):

@@ -43,7 +43,7 @@ from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
-                            weights_of)
+                            slow_on_gpu, weights_of)
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -374,7 +374,7 @@ def check_training(
     d, t = config.data, config.train
     data = open_split(d, d.train, with_people_only=d.with_people_only, posed_only=d.unposed == "nobody")
     size = min(t.batch_size // t.accumulate, len(data)) * t.accumulate
-    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1)))):
+    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1))), slow_on_gpu(config, choose_device(t.device))):
         if text: warnings.warn(text)
     return size
 
@@ -818,6 +818,7 @@ def write_labels(
          option("--no-track", action="store_true", help="do not follow people from frame to frame of a video: no tracks, colours by score"),
          option("--max-frames", type=at_least(1), metavar="N", help="of each video only the first N frames"),
          option("--batch", type=at_least(1), default=8, metavar="N", help="images at once (default: %(default)s)"),
+         option("--amp", choices=["none", "bf16", "fp16", "auto"], default="none", help="numbers of half the size, quicker where the machine has them: auto takes bf16 there (default: %(default)s)"),
          option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)"))
 def run_predict(
     args:argparse.Namespace, # parsed options
@@ -828,7 +829,7 @@ def run_predict(
     if args.labels and (args.labels.is_dir() or args.labels.resolve() == (args.out / "predictions.json").resolve()): raise PoetError(f"--labels {args.labels}: name another file, such as labels.json")
     sources, device, model = expand_sources(args.sources, args.out), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
-    options, results = PredictOptions(args.threshold, args.batch, device, layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
+    options, results = PredictOptions(args.threshold, args.batch, device, autocast_dtype(args.amp, device), layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
     job = PredictJob(args, model, options, skeleton_of(model), results, len(sources) + (args.webcam is not None))
     job.taken.update(str(s.resolve()).lower() for s in sources if isinstance(s, Path)) # an overlay never replaces a source
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from .config import DataError, NonFiniteError, write_atomic
-from .keypoints import COCO_PERSON, OKS_SIGMAS, Skeleton
+from .keypoints import COCO_PERSON, Skeleton
 from .coco import column, complete_people, odd_people
 
 # %% ../nbs/30_coco_eval.ipynb #95e4df98

@@ -213,7 +213,7 @@ _PARTS = {"model": ModelConfig, "loss": LossConfig, "data": DataConfig, "train":
 
 @dataclass(frozen=True)
 class Config:
-    "Everything a run depends on; equal configs on equal data and device give equal runs."
+    "Everything a run depends on; equal configs on equal data give equal runs on a CPU, and on a GPU up to the order of sums."
     name:str = "poet_r50"
     model:ModelConfig = field(default_factory=ModelConfig)
     loss:LossConfig = field(default_factory=LossConfig)

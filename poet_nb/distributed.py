@@ -8,7 +8,7 @@ __all__ = ['world_size', 'rank', 'is_main', 'by_torchrun', 'was_restarted', 'mar
            'in_parallel', 'averaging', 'main_first', 'copy_buffers', 'meet_anyway']
 
 # %% ../nbs/30b_distributed.ipynb #0bb32a55
-import multiprocessing, os, sys, time
+import multiprocessing, os, re, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -106,12 +106,14 @@ def said_by_main(
     return True
 
 # %% ../nbs/30b_distributed.ipynb #9439c62e
+_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|remote worker crashing")
+
 @contextmanager
 def processes(
     device:torch.device, # of this process
     minutes:float=30,    # how long to wait for a process that says nothing
 )->Iterator[None]:
-    "Meet the other processes that `torchrun` has started, for as long as the context lasts. Raises: PoetError if one does not come."
+    "Meet the other processes that `torchrun` has started, for as long as the context lasts. Raises: PoetError if one does not come, or goes."
     me, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if of == 1 or dist.is_initialized():
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(): yield
@@ -126,8 +128,9 @@ def processes(
         yield
         dist.barrier(); failed = False                                 # nobody hangs up while another one still listens
     except Exception as error:
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)): error = PoetError("another process of this job has ended, so this one does too; what that one said is the reason")
         error.untold = not said_by_main(error, part, me)
-        raise
+        raise error
     finally:
         if not (failed and device.type == "cuda"): dist.destroy_process_group() # NCCL would wait for the others; `leave` ends this one
 

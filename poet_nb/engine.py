@@ -40,7 +40,7 @@ from .criterion import SetCriterion
 from .pretrain import DensePretrainer, seed_decoder
 from .coco_eval import evaluate_keypoints, load_ground_truth, save_results, to_coco_results
 from .buckets import BucketOrder
-from .switches import compile_parts, keep_memory
+from .switches import avoid_cudnn_attention, compile_parts, keep_memory
 from .distributed import (any_of, averaging, by_torchrun, copy_buffers, gathered, in_parallel, is_main, local_gpu, main_first, mark_begun, meet_anyway, on_main, processes, rank, seed_process, share_of,
                                  totals, world_size)
 
@@ -74,10 +74,11 @@ def autocast_dtype(
 # %% ../nbs/31_engine.ipynb #930558fd
 def bf16_speed(
     device:torch.device,
-    n:int=1024,    # rows and columns of the matrices
+    n:int|None=None, # rows and columns of the matrices; None: what keeps the device busy
     rounds:int=5,
 )->float: # speed of a matrix product in bfloat16 as a multiple of that in float32
     "Time both in turns; the median ratio."
+    n = n or (8192 if device.type == "cuda" else 1024)
     kinds, ratios = {d: torch.randn(n, n, device=device).to(d) for d in (torch.float32, torch.bfloat16)}, []
     def seconds(x):
         begun = time.perf_counter()
@@ -102,7 +103,8 @@ def environment(
     "What a result depends on beside the configuration: commit, versions, device, threads, seed."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_capabilities().get("cpu_name") or platform.machine()
     ours = "__file__" not in globals() or _git("ls-files", "--error-unmatch", Path(__file__).name) is not None # else the project that this library is installed in
-    return dict(commit=_git("rev-parse", "HEAD") if ours else None, dirty=bool(ours and _git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed, processes=world_size(),
+    tf32 = dict(tf32_convolutions=torch.backends.cudnn.allow_tf32, tf32_products=torch.backends.cuda.matmul.allow_tf32) if device.type == "cuda" else {}
+    return tf32 | dict(commit=_git("rev-parse", "HEAD") if ours else None, dirty=bool(ours and _git("status", "--porcelain", "--", ":/poet_nb", ":/nbs")), seed=config.train.seed, processes=world_size(),
                 device=device.type, device_name=name, autocast=str(autocast_dtype(config.train.amp, device)).removeprefix("torch."), threads=torch.get_num_threads(), cpus=os.cpu_count(), platform=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, numpy=np.__version__, scipy=scipy.__version__)
 
@@ -428,7 +430,7 @@ def start_phase(
 )->RunState:
     "A fresh state for a phase; the model is moved to the device and prepared."
     t = config.train
-    model.to(device)
+    model.to(device); avoid_cudnn_attention(device)
     if t.channels_last: model.to(memory_format=torch.channels_last)
     if phase == "poet": freeze_parts(model, t.freeze)
     task = DensePretrainer(model, config.loss).to(device) if phase == "pretrain" else method_of(config).task(model, config)
@@ -479,8 +481,7 @@ def update_ema(
     decay:float, # share of the old average that is kept
 )->None:
     "Move an averaged copy of the weights a little towards the present ones."
-    new = model.state_dict()
-    pairs = [(a, new[k]) for k, a in ema.state_dict().items() if a.is_floating_point()]
+    pairs = [(a, b) for a, b in zip([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], strict=True) if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
 
 # %% ../nbs/31_engine.ipynb #3b764e43
@@ -556,7 +557,9 @@ def train_step(
         with tells_size(samples), averaging(state.parallel, number == len(parts)):
             losses = forward_all(state, to_device(samples, device, config), targets, counts, config)
             state.scaler.scale(losses["loss"] / len(parts)).backward()
-        for k, v in losses.items(): total[k] = total.get(k, 0) + (v.detach() / len(parts) if len(parts) > 1 else v.detach())
+        for k, v in losses.items():
+            v = v.detach() / len(parts) if len(parts) > 1 else v.detach()
+            total[k] = total[k] + v if k in total else v
     if state.scaler.is_enabled() and any_of(not math.isfinite(total["loss"].item())): raise _not_finite("loss", parts, total)
     state.scaler.unscale_(state.optimizer)
     weights = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -612,7 +615,7 @@ def evaluate(
     truth = truth or load_ground_truth(loader.dataset)
     judge, found, sums, images = method_of(config).judge(model, config, layer, loader.dataset.skeleton), [], {}, 0
     share = people_an_image(loader.dataset, config)
-    model.eval()
+    model.eval(); avoid_cudnn_attention(device)
     shared = min(gathered(len(loader)))                                                                # batches that every process has
     for number, (samples, targets) in enumerate(tqdm(steady(loader), total=len(loader), desc="evaluate", disable=not progress, leave=False)):
         if asked is not None and number < shared and any_of(asked.is_set()): raise Stopped
@@ -814,7 +817,7 @@ def train_epoch(state:RunState, loader, batches:EpochBatches, config:Config, fol
         for group in state.optimizer.param_groups: group["lr"] = group["base_lr"] * lr_factor(step, per_epoch, config, epochs)
         earlier, state.outcome, error = state.outcome, None, None
         try:
-            for k, v in train_step(state, parts, config, device).items(): state.sums[k] = state.sums.get(k, 0.) + v
+            for k, v in train_step(state, parts, config, device).items(): state.sums[k] = state.sums[k] + v if k in state.sums else v
             state.sums["steps"] = state.sums.get("steps", 0) + (state.outcome.finite if state.outcome else 1)
             if state.ema is not None: update_ema(state.ema, state.model, min(t.ema_decay, (1 + step) / (10 + step)))
             state.batch += 1

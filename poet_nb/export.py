@@ -9,13 +9,12 @@ __all__ = ['SMALLEST', 'AXES', 'OPSETS', 'TOLERANCE', 'CHECKED', 'bake_batchnorm
 
 # %% ../nbs/32c_export.ipynb #dd77304e
 import copy, io, json, logging, os, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram

@@ -143,7 +143,7 @@ def _draw_decoder(axes, image, seen, queries, layer, smooth, skeleton):
 # %% ../nbs/43_plot_attention.ipynb #7a3e095d
 def _draw_scale(fig, box):
     "The colours of the maps."
-    ax, ends = _axes_at(fig, box), dict(transform=fig.transFigure)
+    ax = _axes_at(fig, box)
     ax.imshow(np.linspace(0, 1, 256)[None], cmap=MAP_COLORS, aspect="auto", extent=(0, 1, 0, 1), alpha=.85)
     ax.set(xticks=[], yticks=[]); ax.set_label("scale")
     for x, ha, text in ((-.03, "right", "0"), (1.03, "left", "max, the map's largest weight; ×: times uniform attention")):

@@ -7,7 +7,7 @@ __all__ = ['MLP', 'LaterMethods', 'Poet', 'nested', 'merge_nobody', 'PostProcess
            'fit_state', 'load_weights', 'new_network', 'build_poet', 'load_official']
 
 # %% ../nbs/13_poet.ipynb #98da44b2
-import dataclasses, warnings
+import warnings
 from importlib import import_module
 from pathlib import Path
 import torch, torch.nn.functional as F

@@ -29,6 +29,7 @@ from .engine import PoetMethod, method_of, same_size_batches
 from .keypoints import COCO_PERSON, Skeleton
 from .plot import draw_poses, to_image
 from .results import Predictions, image_entry, plain_categories
+from .switches import avoid_cudnn_attention
 from .transforms import NestedTensor, Plan, normalize, pad_images, scale_matrix, shortest_side, warp_image
 
 # %% ../nbs/32_predict.ipynb #69a73edf
@@ -241,7 +242,7 @@ def stream_predictions(
     data = options.data or getattr(getattr(model, "config", None), "data", None) or DataConfig()
     if options.device is not None: model.to(options.device)
     at, training = next(model.parameters()).device, model.training
-    model.eval()
+    model.eval(); avoid_cudnn_attention(at)
     try: yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer), images, data, options, window, on_bad)
     finally: model.train(training)
 

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from .config import DataError, write_atomic
 from .keypoints import Skeleton
-from .synth import (FIX, MIN_AREA, Canvas, SynthConfig, annotate, blank_canvas, count_people, extent, file_name, finish, hull, limb, move, overlap, paint, paint_background,
+from .synth import (MIN_AREA, Canvas, SynthConfig, annotate, blank_canvas, count_people, extent, file_name, finish, hull, limb, move, overlap, paint, paint_background,
                            paint_occluder, paint_pattern, place, random_camera, rotation, scene_seed, tint)
 
 # %% ../nbs/03a_quadruped.ipynb #b336cec4

@@ -113,10 +113,10 @@ def test_batches_are_dealt_out(monkeypatch):
 def test_commands_of_the_notebook_are_understood():
     "By torchrun, which takes the beginning of an option's name for the option, and by the program."
     text = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/30b_distributed.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
-    lines = [line for line in text.replace("\\\n", " ").replace("$resume", "--resume").splitlines() if line.startswith(("torchrun --", "srun torchrun --"))]
+    lines = [line for line in text.replace("\\\n", " ").replace("$resume", "--resume").splitlines() if line.startswith(("torchrun --", "srun --kill-on-bad-exit=1 torchrun --"))]
     assert len(lines) == 3
     for line in lines:
-        run = get_args_parser().parse_args(shlex.split(line.removeprefix("srun "))[1:])
+        run = get_args_parser().parse_args(shlex.split(line.removeprefix("srun --kill-on-bad-exit=1 "))[1:])
         assert (run.training_script, run.module, run.max_restarts) == ("poet_nb.cli", True, 3)
         args = cli.make_parser().parse_args(run.training_script_args)
         assert args.run == Path("data/runs/coco") and args.preset == "poet_r50", line
@@ -373,6 +373,7 @@ def test_two_machines_and_a_process_that_is_killed(people, tmp_path):
     os.kill(victim, signal.SIGKILL)
     said = [finish(job) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], "\n=====\n".join(said)
+    assert sum(text.count("another process of this job has ended") for text in said) >= 1 and not any("Traceback" in text for text in said), "\n=====\n".join(said)
     log = log_of(run)
     assert [line["epoch"] for line in log] == [1, 2, 3] and log[-1]["coco"]["images"] == 10 and (run / "environment.json").read_text() == before
     torch.set_num_threads(1)
