@@ -23,7 +23,7 @@ from . import __version__
 from .config import CheckpointError, Config, DataError, PoetError, load_config, preset
 from .keypoints import lone_sides
 from .plot import read_metrics
-from .coco import STAND_INS, CocoKeypoints, annotation_file, check_posed, describe, missing_images, open_split, splits_of
+from .coco import CLUTTER, STAND_INS, CocoKeypoints, annotation_file, check_posed, describe, missing_images, open_split, splits_of
 from .transforms import shortest_side
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id
@@ -31,6 +31,9 @@ from .predict import is_url
 from .engine import autocast_dtype, bf16_speed, check_sizes, choose_device
 
 # %% ../nbs/32e_checks.ipynb #8b19f240
+def _beginning(file):
+    with file.open("rb") as opened: return opened.read(1000)
+
 def split_remedy(
     root:Path, # dataset folder
     name:str,  # of the annotation file that is missing
@@ -38,7 +41,7 @@ def split_remedy(
     "What to do about a split that is not there."
     coco, files = "coco" in root.name.lower(), [annotation_file(root, split) for split in splits_of(root)]
     usual = name in ("person_keypoints_train2017.json", "person_keypoints_val2017.json")
-    made = lambda file: (b"cocodataset.org" if coco else b'"synth":') in file.open("rb").read(1000) # the file says in its first lines where it comes from
+    made = lambda file: (b"cocodataset.org" if coco else b'"synth":') in _beginning(file) # the file says in its first lines where it comes from
     if not root.is_dir() or not any(root.iterdir()) or usual and (any(map(made, files)) if files else coco):
         return f"`poet data {'coco' if coco else 'synth'} --folder {shlex.quote(str(root))}` {'downloads COCO' if coco else 'draws synthetic people'}, --data names another dataset"
     layout = "data/README.md shows the layout, `poet data split` divides a single file, as notebook 72 does"
@@ -180,7 +183,7 @@ def check_split(
 )->tuple[str, str]: # level, finding
     "Are the images of a split there?"
     file, images = annotation_file(root, split), root / split
-    there = sum(not e.name.endswith(".part") for e in os.scandir(images)) if images.is_dir() else 0
+    there = sum(not e.name.endswith(".part") and e.name not in CLUTTER for e in os.scandir(images)) if images.is_dir() else 0
     if not file.is_file(): return ("error", f"{there:,} images without annotations, interrupted? {remedy}") if there else ("warning", f"not there; {remedy}")
     listed = file.read_bytes().count(b'"file_name"')
     return ("ok", f"{listed:,} images") if there >= listed else ("error", f"{listed:,} images are listed, {there:,} are there; {remedy}")

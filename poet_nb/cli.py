@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
-from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, replace_file, write_atomic
 from .keypoints import COCO_PERSON, Skeleton
 from .plot import overlay_poses
 from .synth import SynthConfig, make_synth
@@ -66,6 +67,7 @@ def explain(
     text = str(error)
     if isinstance(error, OSError):
         words = _REMEDIES.get(error.errno) or error.strerror or text
+        if getattr(error, "winerror", None) in (5, 32): words = "another program holds it, such as a spreadsheet or a virus scanner; close it and give the same command again"
         return f"{error.filename}: {words}" if error.filename is not None else words
     if "Original Traceback" in text: text = text.rsplit(f"{type(error).__name__}: ", 1)[-1]
     return text.strip()
@@ -175,6 +177,7 @@ def main(
     argv:list[str]|None=None, # the words after `poet`; None: those of the command line
 )->int: # exit code: 0 done, 2 an error that the message explains, 130 stopped
     "The program `poet`."
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # a pipe on Windows can't write every name
     try: args = make_parser().parse_args(argv)
     except SystemExit as stop: return stop.code or 0                          # argparse has printed help, or its own error
     with _plain_warnings():
@@ -191,7 +194,7 @@ def main(
         except (PoetError, OSError) as error:
             if _wants_traceback(args): raise
             alone = not is_main() and getattr(error, "untold", False)         # of several processes one is enough, unless only this one has met it
-            if is_main() or alone: print(f"poet: error: {'process ' + os.environ['RANK'] + ': ' if alone else ''}{explain(error)}", file=sys.stderr)
+            if is_main() and not getattr(error, "known", False) or alone: print(f"poet: error: {'process ' + os.environ['RANK'] + ': ' if alone else ''}{explain(error)}", file=sys.stderr)
             return 2
 
 # %% ../nbs/33_cli.ipynb #a529ba5b
@@ -524,7 +527,7 @@ def write_submission(
             bar.update()
     part = folder / f"{stem}.zip.part"
     with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file: file.writestr(f"{stem}.json", json.dumps(results, allow_nan=False, separators=(",", ":")))
-    os.replace(part, folder / f"{stem}.zip")
+    replace_file(part, folder / f"{stem}.zip")
     return folder / f"{stem}.zip", len(images), len(results)
 
 # %% ../nbs/33_cli.ipynb #20c48331
@@ -750,7 +753,7 @@ def local_files(
 )->Iterator[tuple[str, Path]]: # what it is called, and where it is
     "The files to read; what lies on the web is downloaded when it is its turn."
     for number, source in enumerate(sources):
-        if not is_url(source): yield str(source), source
+        if not is_url(source): yield Path(source).as_posix(), source
         else:
             place = folder / str(number)
             place.mkdir()
@@ -786,7 +789,8 @@ def common_folder(
     folders = {word for word in words if not is_url(word) and Path(word).is_dir()}
     alone = {file.parent for file in sources if isinstance(file, Path) and not any(file.is_relative_to(folder) for folder in folders)}
     places = list(map(os.path.abspath, folders | alone))
-    root = os.path.commonpath(places) if places else os.getcwd()
+    try: root = os.path.commonpath(places) if places else os.getcwd()
+    except ValueError: raise PoetError(f"--labels: {places[0]} and the other sources lie on several drives, so their names have no common beginning; give a command for each drive") from None
     return Path(os.path.relpath(root) if Path(root).is_relative_to(Path.cwd()) else root)
 
 def write_labels(
@@ -893,7 +897,10 @@ def figure_job(
     if not truth.is_file(): raise DataError(f"{truth}: there is no such file; `poet data synth --folder {shlex.quote(str(root))} --train 0` draws the validation images, --data names another dataset")
     shutil.copytree(checkout / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(checkout / "settings.ini", copy)
-    os.symlink(checkout / "data", copy / "data")
+    try: os.symlink(checkout / "data", copy / "data")
+    except OSError:
+        if os.name != "nt": raise
+        import_module("_winapi").CreateJunction(str(checkout / "data"), str(copy / "data"))     # links need a privilege on Windows, junctions do not
     words = [sys.executable, checkout / "tools" / "execute.py", "--root", copy, "--no-write", "--timeout", 6 * 3600, "--jobs", args.jobs, *(args.notebooks or ["[56]*_*"])]
     paths = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     images = dict(POET_IMAGES=str(args.images)) if args.images else {}

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PoetError', 'ConfigError', 'DataError', 'NonFiniteError', 'CheckpointError', 'WorkerError', 'ModelConfig',
            'LossConfig', 'DataConfig', 'TrainConfig', 'AEConfig', 'Config', 'config_from_dict', 'load_config',
-           'names_file', 'write_atomic', 'save_config', 'override', 'preset']
+           'names_file', 'replace_file', 'write_atomic', 'save_config', 'override', 'preset']
 
 # %% ../nbs/00_config.ipynb #6f7cfd58
-import dataclasses, difflib, json, os, re, typing
+import dataclasses, difflib, json, os, re, time, typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -287,6 +287,16 @@ def names_file(
         if not isinstance(cause, OSError) or cause.errno is None: raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
 
+def replace_file(
+    part:str|Path, # what is whole by now
+    path:str|Path, # where it belongs
+)->None:
+    "Put a file in the place of another one, in one step. Windows refuses while a virus scanner or an index holds either; it is asked again for some seconds."
+    for wait in (.05, .1, .2, .4, .8, 1.6) if os.name == "nt" else ():
+        try: return os.replace(part, path)
+        except PermissionError: time.sleep(wait)
+    os.replace(part, path)
+
 def write_atomic(
     path:str|Path,   # file to write
     data:bytes|str,  # its whole content
@@ -296,7 +306,7 @@ def write_atomic(
     try:
         with names_file(path), open(part, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
-        with names_file(path): os.replace(part, path)
+        with names_file(path): replace_file(part, path)
     finally: part.unlink(missing_ok=True)
 
 def save_config(

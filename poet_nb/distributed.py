@@ -58,6 +58,7 @@ def local_gpu(
     device:torch.device, # as it was asked for
 )->torch.device: # with the number of this process's GPU
     "The GPU of this process on its machine. Raises: ConfigError if there are more processes than GPUs, or all are sent to one."
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.type == "mps": raise ConfigError("field train.device: a Mac has one GPU, which several processes can't share; take cpu, or one process")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device.type != "cuda": return device
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if device.index not in (None, number): raise ConfigError(f"field train.device: {device} is one GPU, but torchrun has started several processes; take cuda or auto")
@@ -102,7 +103,9 @@ def said_by_main(
     if getattr(error, "said", False): return True
     if store is None: return False
     try: store.wait(["poet_nb/main_says"], timedelta(seconds=seconds))
-    except RuntimeError: return False
+    except RuntimeError:
+        store.set("poet_nb/told", "")                                  # so the main process, which will lose this one, may keep quiet
+        return False
     return True
 
 # %% ../nbs/30b_distributed.ipynb #9439c62e
@@ -128,7 +131,9 @@ def processes(
         yield
         dist.barrier(); failed = False                                 # nobody hangs up while another one still listens
     except Exception as error:
-        if isinstance(error, RuntimeError) and _GONE.search(str(error)): error = PoetError("another process of this job has ended, so this one does too; what that one said is the reason")
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            error = PoetError("another process of this job has ended, so this one does too; what that one said is the reason, or the system has ended it")
+            error.known = part is not None and part.check(["poet_nb/told"])
         error.untold = not said_by_main(error, part, me)
         raise error
     finally:

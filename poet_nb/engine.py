@@ -7,13 +7,13 @@ __all__ = ['PRETRAINING', 'METHODS', 'LOGS', 'choose_device', 'cpu_capabilities'
            'Growing', 'Augmented', 'EpochBatches', 'FixedBatches', 'loader_faults', 'tells_size', 'LoaderProcess',
            'end_loaders', 'allow_open_files', 'Targets', 'PadTo', 'steady', 'train_loader', 'same_size_batches',
            'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'freeze_parts',
-           'RunState', 'start_phase', 'new_model', 'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all',
-           'Outcome', 'asks_later', 'train_step', 'compact', 'people_an_image', 'evaluate', 'mean_sums',
-           'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint', 'config_differences',
-           'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests', 'settle', 'train_epoch', 'read_log',
-           'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished', 'check_folder', 'make_folder',
-           'note_environment', 'data_mark', 'only_here', 'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of',
-           'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
+           'RunState', 'start_phase', 'new_model', 'memory_layout', 'to_device', 'autocast', 'update_ema',
+           'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'compact', 'people_an_image',
+           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
+           'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests', 'settle',
+           'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished', 'check_folder',
+           'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining', 'leave_results',
+           'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -29,7 +29,7 @@ import numpy as np, scipy, torch, torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, save_config, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, replace_file, save_config, write_atomic
 from .keypoints import Skeleton, save_categories
 from .coco import CocoKeypoints, check_alike, file_sha256, open_split
 from .transforms import Plan, batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, smaller, train_transforms
@@ -147,6 +147,8 @@ class FixedBatches(list):
     def __iter__(self): return iter(self[self.start:])
 
 # %% ../nbs/31_engine.ipynb #15939daa
+_METHOD = "fork" if sys.platform == "linux" else None # None: the system's
+
 @contextmanager
 def loader_faults()->Iterator[None]:
     "Say in words that a loader process has died or hangs. Raises: WorkerError."
@@ -158,6 +160,7 @@ def loader_faults()->Iterator[None]:
         if not found: raise
         what, remedy = (("hangs", "does the disk or network answer? A higher data.worker_timeout waits longer; on a GPU it may also be too many open files (`ulimit -n 65536`)") if found[1] == "timed out" else
                         ("has died", "most often for lack of memory: fewer loader processes or smaller images help, in a container more shared memory (docker run --shm-size=16g)"))
+        if _METHOD != "fork": remedy += ", and a script needs `if __name__ == \"__main__\":` above what it does; an augmentation of your own must be in a module, not in a notebook"
         raise WorkerError(f"a loader process {what} ({str(error).splitlines()[0]:.120}): {remedy}, --set data.workers=0 does without; "
                           "a run goes on with --resume") from error
 
@@ -182,8 +185,6 @@ def _worker(worker_id, nice=0):
 
 
 # %% ../nbs/31_engine.ipynb #e6d7a2ef
-_METHOD = "fork" if sys.platform == "linux" else None # None: the system's
-
 class LoaderProcess(multiprocessing.get_context(_METHOD).Process):
     "A loader process; one that hangs is ended by SIGKILL."
     def terminate(self): self.kill()
@@ -431,7 +432,7 @@ def start_phase(
     "A fresh state for a phase; the model is moved to the device and prepared."
     t = config.train
     model.to(device); avoid_cudnn_attention(device)
-    if t.channels_last: model.to(memory_format=torch.channels_last)
+    if memory_layout(config, device) is torch.channels_last: model.to(memory_format=torch.channels_last)
     if phase == "poet": freeze_parts(model, t.freeze)
     task = DensePretrainer(model, config.loss).to(device) if phase == "pretrain" else method_of(config).task(model, config)
     if phase == "poet" and t.fold_bn: fold_batchnorm(model.backbone.body)
@@ -454,6 +455,13 @@ def new_model(
     return model
 
 # %% ../nbs/31_engine.ipynb #39a54f08
+def memory_layout(
+    config:Config,
+    device:torch.device,
+)->torch.memory_format:
+    "How four-dimensional tensors lie in memory; not channels last on Apple's GPUs, where PyTorch before 2.14 has a wrong gradient of BatchNorm for that (pytorch issue 175189)."
+    return torch.channels_last if config.train.channels_last and torch.device(device).type != "mps" else torch.contiguous_format
+
 def to_device(
     samples, # NestedTensor of bytes
     device:torch.device,
@@ -461,7 +469,7 @@ def to_device(
 ):
     "Copy a batch to the device and normalise it there."
     samples = normalize(samples.to(device, non_blocking=device.type == "cuda"))
-    samples.tensors = samples.tensors.contiguous(memory_format=torch.channels_last if config.train.channels_last else torch.contiguous_format)
+    samples.tensors = samples.tensors.contiguous(memory_format=memory_layout(config, device))
     return samples
 
 # %% ../nbs/31_engine.ipynb #308fff51
@@ -671,8 +679,8 @@ def write_checkpoint(
     part = folder/f".checkpoint.{os.getpid()}.part"
     try:
         with names_file(folder/"checkpoint.pt"), open(part, "wb") as f: torch.save(content, f); f.flush(); os.fsync(f.fileno())
-        if (folder/"checkpoint.pt").exists(): os.replace(folder/"checkpoint.pt", folder/"checkpoint.prev.pt")
-        os.replace(part, folder/"checkpoint.pt")
+        if (folder/"checkpoint.pt").exists(): replace_file(folder/"checkpoint.pt", folder/"checkpoint.prev.pt")
+        replace_file(part, folder/"checkpoint.pt")
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/31_engine.ipynb #f53cdc83

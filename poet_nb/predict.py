@@ -91,13 +91,13 @@ def load_image(
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 
 def files_below(
-    folder:str|os.PathLike,       # searched with its subfolders, but for those whose name begins with a dot
+    folder:str|os.PathLike,       # searched with its subfolders, but for names that begin with a dot
     suffixes:tuple[str, ...],     # endings in lower case
     but:str|os.PathLike|None=None,# a subfolder to leave out
 )->list[Path]: # sorted
     "The files of some kinds in a folder and its subfolders."
     out = Path(but).resolve() if but is not None and Path(folder).resolve() in Path(but).resolve().parents else None
-    hidden = lambda f: any(part.startswith(".") for part in f.relative_to(folder).parts[:-1]) or out in f.resolve().parents
+    hidden = lambda f: any(part.startswith(".") for part in f.relative_to(folder).parts) or out in f.resolve().parents
     return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in suffixes and f.is_file() and not hidden(f))
 
 def list_images(

@@ -59,8 +59,8 @@ def cell_owners(
     near = near.masked_fill(~seen[..., None], float("inf")).amin(1)
     best = torch.full((B, len(cells)), float("inf"), device=joints.device).scatter_reduce_(0, index[:, None].expand_as(near), near, "amin")
     owns = (near == best[index]) & (near < reach)
-    who = torch.arange(len(joints), device=joints.device)[:, None].expand_as(near)
-    return torch.full_like(best, -1).long().scatter_reduce_(0, index[:, None].expand_as(near), torch.where(owns, who, -1), "amax"), cells
+    who = torch.arange(len(joints), device=joints.device, dtype=best.dtype)[:, None].expand_as(near)   # whole numbers in floats: Apple's GPUs have no amax of others
+    return torch.full_like(best, -1).scatter_reduce_(0, index[:, None].expand_as(near), torch.where(owns, who, -1), "amax").long(), cells
 
 # %% ../nbs/22_pretrain.ipynb #12c7a19f
 class DensePretrainer(nn.Module):

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .coco import BOX_SHARE
 from .coco_eval import to_coco_results
-from .config import PoetError
+from .config import PoetError, replace_file
 from .keypoints import COCO_PERSON, DEFAULT_SIGMA, Skeleton
 
 # %% ../nbs/31a_results.ipynb #bad1e177
@@ -200,7 +200,7 @@ class ResultsWriter:
         names = {k: Path(file.name) for k, file in self.parts.items()}
         if self.num_images:
             join_parts(self.folder / "predictions.json", names, self.categories)
-            if self.table: os.replace(self.table.name, self.folder / "predictions.csv")
+            if self.table: replace_file(self.table.name, self.folder / "predictions.csv")
             self.done = True
         for path in [*names.values(), *([Path(self.table.name)] if self.table else [])]: path.unlink(missing_ok=True)
 
@@ -221,4 +221,4 @@ def join_parts(
             with open(source, encoding="utf-8") as lines: shutil.copyfileobj(lines, file)
             file.write("\n]")
         file.write(f',\n"categories": {json.dumps(categories)}\n}}\n')
-    os.replace(part, path)
+    replace_file(part, path)

@@ -36,6 +36,8 @@ def compile_parts(
         raise ConfigError("field train.compile: Triton needs a C compiler, and there is none on this machine; install gcc, or --set train.compile=false")
     if backend == "inductor" and next(model.parameters()).device.type == "cuda" and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise ConfigError("field train.compile: Triton needs Python's header files, and Python.h is not on this machine; install python3-dev, or --set train.compile=false")
+    if backend == "inductor" and next(model.parameters()).device.type == "cuda" and not torch.utils._triton.has_triton():
+        raise ConfigError("field train.compile: there is no Triton for this system or GPU; --set train.compile=false (on Windows: WSL2 has it)")
     limits = torch._dynamo.config
     limits.recompile_limit, limits.accumulated_recompile_limit = max(limits.recompile_limit, SHAPES), max(limits.accumulated_recompile_limit, 4 * SHAPES)
     for name in ("backbone", "transformer"):

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 from tqdm.auto import tqdm
-from .config import DataError, write_atomic
+from .config import DataError, replace_file, write_atomic
 from .keypoints import COCO_PERSON
 
 # %% ../nbs/03_synth.ipynb #cd359323
@@ -1076,7 +1076,7 @@ def make_images(
         jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality])[1]
         part = images / f"{file_name(i)}.{os.getpid()}.part"
         part.write_bytes(jpeg.tobytes())
-        os.replace(part, images / file_name(i))
+        replace_file(part, images / file_name(i))
         out.append(annotations)
     if record: write_atomic(record, json.dumps(out))
     return len(indices)
@@ -1103,7 +1103,7 @@ def ask(
         process.stdin.write(json.dumps([str(images), split, indices, asdict(config), seed, str(record[0]) if record else None]) + "\n")
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
-    except (ValueError, BrokenPipeError):
+    except (ValueError, OSError):                                                                     # a broken pipe is another error on Windows
         with contextlib.suppress(OSError): process.stdin.close()
         raise DataError(f"{images}: a worker ended (exit code {process.wait()}) before it had drawn image {indices[0] + 1}: try workers=1") from None
     if isinstance(answer, str): raise OSError(answer)

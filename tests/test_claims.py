@@ -157,7 +157,7 @@ ROOT = Path(__file__).parents[1]
 
 def printed(notebook):
     "All that a notebook's cells have printed."
-    outputs = [o for cell in json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
+    outputs = [o for cell in json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", [])]
     return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
 
 

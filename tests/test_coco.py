@@ -63,6 +63,31 @@ def test_what_helps_depends_on_whether_there_are_annotations(tmp_path):
         with pytest.raises(DataError, match=told): read_image(tmp_path / name, size)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there a backslash is what divides folders")
+def test_names_that_windows_has_written_are_found(tmp_path):
+    for name in ("day/a.jpg", "odd\\name.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(dict(images=[dict(id=i, width=9, height=9, file_name=n) for i, n in enumerate(("day\\a.jpg", "odd\\name.jpg", "day\\b.jpg"))], annotations=[person(id=1, image_id=0)], categories=[PERSON])))
+    data = CocoKeypoints(tmp_path, file)
+    assert [data.image_path(i) for i in range(2)] == [tmp_path / "day/a.jpg", tmp_path / "odd\\name.jpg"] and data.load(0)[0].shape == (3, 9, 9)
+    assert coco.missing_images(data) == [tmp_path / "day/b.jpg"]
+
+
+def test_what_a_file_manager_leaves_is_no_other_dataset(tmp_path):
+    file = tmp_path / "all.json"
+    for i in range(4):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / f"pictures/{i}.jpg")
+    file.write_text(json.dumps(dict(images=[dict(id=i, width=9, height=9, file_name=f"{i}.jpg") for i in range(4)], annotations=[person(id=i, image_id=i) for i in range(1, 4)], categories=[PERSON])))
+    (tmp_path / "out/train2017").mkdir(parents=True)
+    (tmp_path / "out/train2017/.DS_Store").touch()
+    assert sum(coco.lay_out(tmp_path / "pictures", file, tmp_path / "out").values()) == 4
+    (tmp_path / "out/train2017/notes.txt").touch()
+    with pytest.raises(DataError, match="notes.txt"): coco.lay_out(tmp_path / "pictures", file, tmp_path / "out")
+
+
 def test_missing_images_are_found_by_one_look_into_each_folder(tmp_path, monkeypatch):
     names = ["a.jpg", "day 1/a.jpg", "day 1/b.jpg", "day 2/a.jpg", "größe.jpg"]
     for name in (names[0], names[2], names[4]):

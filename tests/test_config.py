@@ -220,3 +220,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     write_atomic(path, b"new")
     assert path.read_text() == "new"
+
+
+def test_on_windows_a_file_that_somebody_looks_at_is_asked_for_again(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from poet_nb import config
+    (tmp_path / "part").write_text("new"); (tmp_path / "a.txt").write_text("old")
+    asked, waited = [], []
+    def held(times):
+        def replace(part, path):
+            asked.append(path)
+            if len(asked) <= times: raise PermissionError(13, "Access is denied", str(part), 32)
+            os.replace(part, path)
+        return SimpleNamespace(name="nt", replace=replace)
+    monkeypatch.setattr(config, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(config, "os", held(3))
+    config.replace_file(tmp_path / "part", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "new" and len(asked) == 4 and len(waited) == 3
+    asked.clear(); waited.clear()
+    monkeypatch.setattr(config, "os", held(99))
+    with pytest.raises(PermissionError): config.replace_file(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert 2 < sum(waited) < 10 and (tmp_path / "a.txt").exists()

@@ -18,7 +18,7 @@ from poet_nb.attention import observe
 from poet_nb.bench import PARTS, run_bench
 from poet_nb.coco import open_split
 from poet_nb.config import override
-from poet_nb.engine import choose_device, fit, new_model, start_phase, train_loader, train_step
+from poet_nb.engine import choose_device, fit, memory_layout, new_model, start_phase, train_loader, train_step
 from poet_nb.export import DeployedPoet
 from poet_nb.poet import build_poet
 from poet_nb.predict import predict
@@ -108,7 +108,7 @@ def numbers(log): return [{k: v for k, v in line.items() if k != "seconds"} for 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_run_is_that_of_the_cpu_to_the_bit(scenes, tmp_path, there, alike, device, kind, changes):
     "Pre-training, training, evaluation, in the three precisions; and the other method."
-    config = small(scenes, kind, **changes | {"train.fused": device == "cuda"}) # on Apple's the optimiser is not fused
+    config = small(scenes, kind, **changes | ({"train.fused": True} if device == "cuda" else {"train.fused": False, "train.channels_last": False})) # neither is for Apple's
     whole = fit(config, tmp_path / "cpu", progress=False)
     with there(device):
         assert choose_device("auto") == torch.device(device)
@@ -186,7 +186,8 @@ def test_what_is_measured_of_a_model_is_that_of_the_cpu(tiny, scenes, there, dev
     with there(device): found = run_layers(copy.deepcopy(tiny), data, batch_size=2, device=device)
     arrays = lambda run: [a for part in (run.pairs, *run.layers) for a in vars(part).values() if isinstance(a, np.ndarray)]
     assert len(whole.pairs.image_ids) and len(arrays(whole)) > 10
-    for a, b in zip(arrays(whole), arrays(found), strict=True): np.testing.assert_array_equal(a, b)
+    close = 0 if device == "cuda" else .11 # another layout in memory, so another order of sums; coordinates are kept to a tenth of a pixel
+    for a, b in zip(arrays(whole), arrays(found), strict=True): np.testing.assert_allclose(a, b, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -200,6 +201,14 @@ def test_every_part_is_measured_there(scenes, there):
     with there(): record = run_bench(config, HERE, size=64, rounds=1, ceiling_n=64, steps=2)
     assert record["environment"]["device_name"] == "pretended GPU" and record["step"]["host_waits"] == {"synchronizing": 1}
     assert all(record[part]["peak_memory"] == 1 << 30 for part in PARTS)
+
+
+def test_apples_gpu_gets_no_channels_last(scenes, there):
+    "PyTorch before 2.14 has a wrong gradient of BatchNorm for it there."
+    config = small(scenes, **{"train.channels_last": True})
+    assert [memory_layout(config, torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+    with there("mps"): state = start_phase("poet", new_model(config, "poet"), config, torch.device("mps"))
+    assert state.model.backbone.body.conv1.weight.is_contiguous()
 
 
 def test_apples_gpu_has_no_doubles(there):

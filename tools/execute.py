@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -93,7 +94,8 @@ async def run_one(path: Path, args: argparse.Namespace, bar: tqdm, env: dict[str
 def own_interrupts(stop) -> None:
     "nbclient's own handler ends a kernel and goes on; here Ctrl-C ends the whole run, kernels first."
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(name, stop)
+    with contextlib.suppress(NotImplementedError):                            # Windows
+        for name in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(name, stop)
 
 
 async def tick(bar: tqdm) -> None:
