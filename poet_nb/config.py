@@ -276,6 +276,7 @@ def load_config(
     except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: not valid JSON ({e})") from None
     return config_from_dict(d, str(path))
 
+# %% ../nbs/00_config.ipynb #441667c3
 @contextmanager
 def names_file(
     path:str|Path, # file that is written inside
@@ -309,6 +310,7 @@ def write_atomic(
         with names_file(path): replace_file(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_config.ipynb #6204c14d
 def save_config(
     config:Config,
     path:str|Path, # file
