@@ -67,11 +67,12 @@ def test_the_further_runs_differ_as_their_names_say():
 
 
 def test_the_runs_about_centres_differ_in_the_loss_alone():
-    assert {f.name for f in CENTERS} == {"centers_official", "centers_paper", "centers_weighted", "centers_official_weighted"}
+    assert {f.name for f in CENTERS} == {"centers_official", "centers_paper", "centers_weighted", "centers_official_weighted", "centers_official_seed1", "centers_official_weighted_seed1"}
     configs = {f.name: load_config(f).to_dict() for f in CENTERS}
     changed = lambda a, b: {d.split(":")[0] for d in config_differences(configs[a], configs[b])}
     assert changed("centers_paper", "centers_official") == {"loss.loss", "loss.keypoints_loss_coef", "loss.absolute_loss_coef"}
     assert changed("centers_paper", "centers_weighted") == changed("centers_official", "centers_official_weighted") == {"loss.centers_loss_coef"}
+    for name in ("centers_official", "centers_official_weighted"): assert changed(name, f"{name}_seed1") == {"train.seed"}
     for folder in CENTERS:
         config = load_config(folder)
         assert len(read_metrics(folder)) == config.train.epochs and len(read_metrics(folder / "pretrain.jsonl")) == config.train.pretrain_epochs
