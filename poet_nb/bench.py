@@ -209,15 +209,14 @@ PIECES = ("data", "forward", "match", "loss", "backward", "clip", "optimiser")
 # %% ../nbs/32d_bench.ipynb #f92af035
 def step_pieces(state, samples:NestedTensor, targets:list, config:Config, device:torch.device)->dict: # piece -> seconds
     "One training step of a POET, taken apart."
-    model, criterion, marks, matching = state.task.poet, state.task.criterion, [], []
+    model, marks, matching = state.task.poet, [], []
     def mark(): wait_for(device); marks.append(time.perf_counter())
     state.optimizer.zero_grad(set_to_none=True)
     mark(); on_device = to_device(samples, device, config)
     mark()
     with autocast(config, device): outputs = model(on_device)
     mark()
-    of_all = [t for t in targets for _ in range(len(outputs["pred_logits"]) // len(targets))] # with query groups every group is matched by itself
-    with timed_calls(criterion.matcher, device, matching): loss = criterion(outputs, of_all)["loss"]
+    with timed_calls(state.task.criterion.matcher, device, matching): loss = state.task.losses(outputs, targets)["loss"]
     mark(); loss.backward()
     mark(); nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.train.clip_max_norm or float("inf"))
     mark(); state.optimizer.step()

@@ -32,6 +32,7 @@ from .engine import autocast_dtype, bf16_speed, check_sizes, choose_device
 
 # %% ../nbs/32e_checks.ipynb #8b19f240
 def _beginning(file):
+    "The first bytes of a file."
     with file.open("rb") as opened: return opened.read(1000)
 
 def split_remedy(

@@ -346,7 +346,9 @@ class PoetLoss(nn.Module):
         self.poet, self.criterion = model, method_of(config).criterion(config.loss, config.model.num_classes)
 
     def forward(self, samples, targets, num_people=None, num_images=None)->dict:
-        outputs = self.poet(samples)
+        return self.losses(self.poet(samples), targets, num_people, num_images)
+
+    def losses(self, outputs:dict, targets:list, num_people=None, num_images=None)->dict:
         groups = len(outputs["pred_logits"]) // len(targets)
         return self.criterion(outputs, [t for t in targets for _ in range(groups)], *(n if n is None else n * groups for n in (num_people, num_images)))
 
@@ -1044,9 +1046,9 @@ def check_sizes(
     data:CocoKeypoints,
 )->None:
     "Raises: ConfigError where the model's joints or classes are not the data's."
-    for field, found in sizes_of(data).items():
-        own = getattr(config.model, field.removeprefix("model."))
-        if own != found: raise ConfigError(f"field {field}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {field}={found}")
+    for name, found in sizes_of(data).items():
+        own = getattr(config.model, name.removeprefix("model."))
+        if own != found: raise ConfigError(f"field {name}: the model has {own}, {data.annotations_file} has {found}; take other data, or train with --set {name}={found}")
 
 # %% ../nbs/31_engine.ipynb #6b3238c7
 def begin(config:Config, folder:Path, device:torch.device, resume:bool=False, init=None)->tuple[RunState, DataLoader, EpochBatches, dict]:

@@ -3,11 +3,13 @@ import dataclasses
 import json
 import os
 import typing
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poet_nb import config
 from poet_nb.config import (AEConfig, Config, ConfigError, DataConfig, DataError, LossConfig, ModelConfig, PoetError, TrainConfig, config_from_dict, load_config, override,
                             preset, save_config, write_atomic)
 
@@ -223,8 +225,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_on_windows_a_file_that_somebody_looks_at_is_asked_for_again(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-    from poet_nb import config
     (tmp_path / "part").write_text("new"); (tmp_path / "a.txt").write_text("old")
     asked, waited = [], []
     def held(times):

@@ -12,7 +12,7 @@ from pretend_gpu import gpu, is_gpu
 from test_engine import CPU, difference, fit_for, poisoned, scenes, small  # noqa: F401
 from torch import nn
 
-from poet_nb import transformer
+from poet_nb import switches, transformer
 from poet_nb.analysis import run_layers
 from poet_nb.attention import observe
 from poet_nb.bench import PARTS, run_bench
@@ -201,6 +201,20 @@ def test_every_part_is_measured_there(scenes, there):
     with there(): record = run_bench(config, HERE, size=64, rounds=1, ceiling_n=64, steps=2)
     assert record["environment"]["device_name"] == "pretended GPU" and record["step"]["host_waits"] == {"synchronizing": 1}
     assert all(record[part]["peak_memory"] == 1 << 30 for part in PARTS)
+
+
+def test_what_compiling_lacks_is_said_before_the_first_step(there, monkeypatch, tmp_path):
+    have = dict(compiler=None, include=str(tmp_path), triton=False)
+    monkeypatch.setattr(switches.shutil, "which", lambda name: have["compiler"])
+    monkeypatch.setattr(switches.sysconfig, "get_paths", lambda: dict(include=have["include"]))
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: have["triton"])
+    said = []
+    for change in ({}, dict(compiler="/usr/bin/gcc"), None, dict(triton=True)):
+        if change is None: (tmp_path / "Python.h").touch()
+        have |= change or {}
+        said.append(switches.lacks_for_compiling(HERE))
+    assert [next((word for word in ("gcc", "python3-dev", "WSL2") if word in text), "") for text in said] == ["gcc", "python3-dev", "WSL2", ""]
+    assert switches.lacks_for_compiling(torch.device("mps")) == ""
 
 
 def test_apples_gpu_gets_no_channels_last(scenes, there):
