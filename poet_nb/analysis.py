@@ -23,7 +23,7 @@ from .coco import CocoKeypoints
 from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, best_oks, choose_images, evaluate_keypoints, judge_detections, load_ground_truth, load_results,
                                precision_recall, results_from_predictions)
 from .config import Config, LossConfig, PoetError, load_config
-from .engine import compact, same_size_batches, to_device
+from .engine import compact, on_host, same_size_batches, to_device
 from .keypoints import oks, offsets_to_keypoints
 from .matcher import HungarianMatcher, pack_targets, stack_outputs
 from .poet import Poet, PostProcess
@@ -110,7 +110,7 @@ def _forward(model, data, batch, device):
 def _layer_predictions(outputs, targets):
     "For each layer a list of B predictions, earlier layers first."
     sizes = torch.stack([t["orig_size"] for t in targets]).to(outputs["pred_logits"].device)
-    return [[compact(image) for image in PostProcess()(layer, sizes)] for layer in (*outputs.get("aux_outputs", ()), outputs)]
+    return [[compact(image) for image in on_host(PostProcess()(layer, sizes))] for layer in (*outputs.get("aux_outputs", ()), outputs)]
 
 # %% ../nbs/41_analysis.ipynb #fdd8651b
 @torch.no_grad()

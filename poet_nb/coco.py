@@ -12,7 +12,7 @@ __all__ = ['BOX_SHARE', 'STAND_INS', 'ANNOTATIONS', 'CLUTTER', 'COCO_URL', 'COCO
            'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
-import errno, filecmp, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
+import errno, filecmp, gc, hashlib, io, json, math, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -63,12 +63,12 @@ def _content(path):
 
 def _header(data):
     "A PIL image of which only the header is read. Raises: ValueError where the pixels would fill the memory."
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try: return Image.open(io.BytesIO(data.tobytes()))
-        except UnidentifiedImageError: raise ValueError("its content is that of no image format") from None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, unless it is a decompression bomb") from None
+    picture, most = None, Image.MAX_IMAGE_PIXELS or math.inf
+    try: picture = Image.open(io.BytesIO(data.tobytes()))
+    except UnidentifiedImageError: raise ValueError("its content is that of no image format") from None
+    except Image.DecompressionBombError: pass                                # from twice as many on; PIL only warns of fewer
+    if picture is None or math.prod(picture.size) > most: raise ValueError(f"it has more than {most:,} pixels: make it smaller, unless it is a decompression bomb")
+    return picture
 
 def _refuse_stack(picture):
     "Raises: ValueError for a TIFF with further pages of the same size, of which only the first would be read."

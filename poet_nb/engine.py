@@ -8,12 +8,12 @@ __all__ = ['PRETRAINING', 'METHODS', 'LOGS', 'choose_device', 'cpu_capabilities'
            'end_loaders', 'allow_open_files', 'Targets', 'PadTo', 'steady', 'train_loader', 'same_size_batches',
            'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of', 'freeze_parts',
            'RunState', 'start_phase', 'new_model', 'memory_layout', 'to_device', 'autocast', 'update_ema',
-           'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'compact', 'people_an_image',
-           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'read_checkpoint',
-           'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests', 'settle',
-           'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished', 'check_folder',
-           'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining', 'leave_results',
-           'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
+           'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'on_host', 'compact',
+           'people_an_image', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint',
+           'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests',
+           'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished',
+           'check_folder', 'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining',
+           'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -584,14 +584,23 @@ def train_step(
         raise NonFiniteError("gradients overflow fp16 at every loss scale down to 1; train with --set train.amp=bf16 or none, or a smaller train.lr")
     return total
 
+# %% ../nbs/31_engine.ipynb #eb5a2744
+def on_host(
+    people:list[dict], # an image each: scores (N,), labels (N,), keypoints (N, K, 3)
+)->list[dict]: # the same, on the CPU
+    "Predictions of a batch, copied together."
+    if people[0]["scores"].device.type == "cpu": return people
+    counts = [len(p["scores"]) for p in people]
+    parts = {k: torch.cat([p[k] for p in people]).cpu().split(counts) for k in people[0]}
+    return [dict(zip(parts, values)) for values in zip(*parts.values())]
+
 # %% ../nbs/31_engine.ipynb #e006f82e
 def compact(
-    person:dict,         # scores, labels, keypoints of one image
+    person:dict,         # scores, labels, keypoints of one image, on the CPU
     min_score:float=.01, # poses below are left out
     max_poses:int=100,   # the best so many are kept; COCO scores 20
-)->dict: # the same, on the CPU
+)->dict: # the same, with fewer poses and digits
     "What is kept of the predictions of an image: coordinates to a tenth of a pixel, no pose that the model itself all but rules out."
-    person = {k: v.cpu() for k, v in person.items()}
     keep = person["scores"].argsort(descending=True, stable=True)[:max_poses].sort().values
     keep = keep[person["scores"][keep] >= min_score]
     rounded = lambda x, n: (x[keep].double() * 10**n).round() / 10**n
@@ -632,7 +641,7 @@ def evaluate(
         with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets, share * len(targets), len(targets))
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
-        people = [compact(p) for p in people]
+        people = [compact(p) for p in on_host(people)]
         found.append(to_coco_results([int(t["image_id"]) for t in targets], people, loader.dataset.category_ids))
     found, sums, images = zip(*gathered((found, sums, images)))                                        # by process; they took the batches in turn
     results = [person for turn in zip_longest(*found, fillvalue=()) for batch in turn for person in batch]

@@ -89,9 +89,11 @@ class Poet(nn.Module, LaterMethods):
 
     def heads(self, decoded:Tensor)->list[dict]:
         "(L, B, N, d) decoded queries -> predictions of each layer."
-        logits = self.class_embed(decoded).float()
-        if self.unposed_embed is not None: logits = merge_nobody(logits, self.unposed_embed(decoded).float()) # further down
-        centers, offsets, visibility = decode_poses(self.kpt_embed(decoded).float().sigmoid())
+        with torch.autocast(decoded.device.type, enabled=False):
+            decoded = decoded.to(self.class_embed.weight.dtype)
+            logits = self.class_embed(decoded).float()
+            if self.unposed_embed is not None: logits = merge_nobody(logits, self.unposed_embed(decoded).float()) # further down
+            centers, offsets, visibility = decode_poses(self.kpt_embed(decoded).float().sigmoid())
         return [dict(pred_logits=l, pred_centers=c, pred_offsets=o, pred_visibility=v) for l, c, o, v in zip(logits, centers, offsets, visibility)]
 
     def forward(self,
