@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AssociativeEmbedding', 'sigma_cells', 'counted_cells', 'read_at', 'tag_loss', 'AELoss', 'find_peaks', 'group',
            'quarter', 'complete', 'decode', 'mirror_order', 'full_maps', 'to_people', 'perfect_maps',
-           'score_perfect_maps', 'AEMethod']
+           'read_perfect_maps', 'score_perfect_maps', 'AEMethod']
 
 # %% ../nbs/45_associative_embedding.ipynb #4bb8ae2a
 import math
@@ -272,12 +272,12 @@ def perfect_maps(
     tags = 3. * far.argmin(0)[None] if len(far) else torch.zeros_like(heat)
     return F.interpolate(heat, size=size, mode="bilinear")[0], F.interpolate(tags.float(), size=size, mode="nearest")[0, ..., None]
 
-def score_perfect_maps(
+def read_perfect_maps(
     data:CocoKeypoints,  # without transforms
     config:Config,       # model.stride, ae, data.eval_scale, data.max_size
     limit:int|None=None, # only the first so many images
-)->dict: # COCO's ten numbers
-    "What a network scores that answers its training targets exactly; other maps may score more or less."
+)->tuple[list, list]: # image ids, COCO results
+    "What is decoded from the maps of a network that answers its training targets exactly."
     found, rows, resize = [], range(len(data))[:limit], eval_transforms(config.data)
     for i in rows:
         image, target = resize(*data.load(i))
@@ -287,7 +287,16 @@ def score_perfect_maps(
         cut = lambda m: m[:, :inside[0], :inside[1]]
         found.append(to_people(*decode(cut(heat), cut(tags), config.ae), inside, target["orig_size"].tolist()))
     ids = [data.image_ids[i] for i in rows]
-    return evaluate_keypoints(data.annotations_file, results_from_predictions(ids, found, data.category_ids), images=ids, verbose=False)
+    return ids, results_from_predictions(ids, found, data.category_ids)
+
+def score_perfect_maps(
+    data:CocoKeypoints,  # without transforms
+    config:Config,       # model.stride, ae, data.eval_scale, data.max_size
+    limit:int|None=None, # only the first so many images
+)->dict: # COCO's ten numbers
+    "What a network scores that answers its training targets exactly; other maps may score more or less."
+    ids, results = read_perfect_maps(data, config, limit)
+    return evaluate_keypoints(data.annotations_file, results, images=ids, verbose=False)
 
 # %% ../nbs/45_associative_embedding.ipynb #90b666a7
 class AEMethod:

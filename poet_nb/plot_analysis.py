@@ -42,6 +42,7 @@ def _exact_panel(ax, exact, title):
     for dashes, (name, points) in zip(((4, 2), (1, 1.2), (6, 1.5, 1, 1.5)), exact.items()):
         ax.plot(sorted(points), [points[s] for s in sorted(points)], color=METHOD_COLORS["AE"], ls=(0, dashes), lw=1.2, marker="D", mfc="white", markersize=3.6, label=name, clip_on=False)
     _stride_axis(ax, exact, title)
+    ax.set(ylim=(0, 1.45), yticks=np.linspace(0, 1, 6))                                              # room for the key
 
 def _stride_axis(ax, series, title):
     "Strides below, AP from 0, a key if there is something to name."
