@@ -28,7 +28,7 @@ from .transforms import shortest_side
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id
 from .predict import is_url
-from .engine import autocast_dtype, bf16_speed, check_sizes, choose_device
+from .engine import autocast_dtype, bf16_speed, check_sizes, choose_device, has_checkpoint
 
 # %% ../nbs/32e_checks.ipynb #8b19f240
 def _beginning(file):
@@ -269,7 +269,7 @@ def lost_weights(
     run:Path, # run folder
 )->bool:
     "Has a run results, but neither weights nor a checkpoint? So are committed runs that are there for their logs."
-    return (run / "metrics.jsonl").is_file() and not any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt", "model.safetensors"))
+    return (run / "metrics.jsonl").is_file() and not has_checkpoint(run) and not (run / "model.safetensors").exists()
 
 # %% ../nbs/32e_checks.ipynb #14923517
 def weights_of(
@@ -301,7 +301,7 @@ def check_resume(
     init:bool=False,  # so was --init
 )->None:
     "Raises: CheckpointError where --resume has nothing to go on from, or would begin anew over results that are there."
-    if not resume or any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt")): return
+    if not resume or has_checkpoint(run): return
     if not (run / "config.json").exists(): raise CheckpointError(f"{run}: there is no run to go on with; start it without --resume")
     if any((run / name).exists() for name in ("metrics.jsonl", "pretrain.jsonl", "model.safetensors")):
         remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"

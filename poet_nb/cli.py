@@ -8,14 +8,16 @@ __all__ = ['COMMANDS', 'explain', 'memory_remedy', 'explain_memory', 'Command', 
            'adapt_model', 'named_config', 'fitting_preset', 'train_config', 'report_run', 'check_training', 'run_train',
            'layer_index', 'model_named', 'model_of', 'eval_model', 'same_names', 'score_run', 'unlabelled_images',
            'write_submission', 'table_text', 'more_numbers', 'same_kinds', 'renumbered', 'read_results', 'run_eval',
-           'expand_sources', 'overlay_path', 'subfolder', 'PredictJob', 'predict_images', 'predict_frames_of',
-           'local_files', 'run_job', 'common_folder', 'write_labels', 'run_predict', 'run_export', 'find_checkout',
-           'figure_job', 'run_figures', 'image_size', 'run_bench_command', 'doctor_config', 'run_doctor']
+           'expand_sources', 'overlay_path', 'subfolder', 'PredictJob', 'draw_overlay', 'predict_images',
+           'predict_frames_of', 'local_files', 'run_job', 'common_folder', 'write_labels', 'run_predict', 'run_export',
+           'find_checkout', 'figure_job', 'run_figures', 'image_size', 'run_bench_command', 'doctor_config',
+           'run_doctor']
 
 # %% ../nbs/33_cli.ipynb #ee8776b0
-import argparse, errno, glob, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, warnings, zipfile
-from collections import Counter
+import argparse, errno, glob, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time, warnings, zipfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -39,14 +41,14 @@ from .backbone import read_weights, state_of
 from .poet import Poet, build_poet
 from .weights import find_weights, is_hub_id, layout, official_poet, read_options, start_from
 from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
-from .distributed import is_main, leave, was_restarted
+from .distributed import is_main, kept_quiet, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
                             slow_on_gpu, weights_of)
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
-from .predict import IMAGE_SUFFIXES, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
+from .predict import IMAGE_SUFFIXES, READERS, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
 
 # %% ../nbs/33_cli.ipynb #5ab4e060
@@ -79,7 +81,7 @@ def memory_remedy(
 )->str:
     "What to change when a run with this configuration does not fit into memory."
     t, d = config.train, config.data
-    at_once = t.batch_size // t.accumulate if training else min(t.batch_size, 32)
+    at_once = -(-t.batch_size // (t.accumulate * int(os.environ.get("WORLD_SIZE", "1")))) if training else min(t.batch_size, 32) # of one process
     more = next((a for a in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % a == 0), None) if training else None
     steps = [f"--set train.accumulate={more} (the same batch in more parts{'; only in a new run' * ('train.accumulate' not in may_change(config))})"] if more else []
     if not training and at_once > 1: steps.append(f"--set {'train.accumulate=1 ' * (t.accumulate > 1)}train.batch_size={at_once // 2} (fewer images at once)")
@@ -99,9 +101,7 @@ def explain_memory(
         if isinstance(error, RuntimeError) and (not _NO_MEMORY.search(str(error)) or "Too many open files" in str(error)): raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
         batch = f" with {error.batch}" if hasattr(error, "batch") else ""         # see `tells_size` in notebook 31
-        short = PoetError(f"out of memory{batch} ({reason:.120}): {remedy}")
-        short.untold = getattr(error, "untold", False)                            # of several processes, see notebook 30b
-        raise short from error
+        raise PoetError(f"out of memory{batch} ({reason:.120}): {remedy}") from error
 
 # %% ../nbs/33_cli.ipynb #4d379ac8
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def main(
             return 141
         except (PoetError, OSError) as error:
             if _wants_traceback(args): raise
-            alone = not is_main() and getattr(error, "untold", False)         # of several processes one is enough, unless only this one has met it
-            if is_main() and not getattr(error, "known", False) or alone: print(f"poet: error: {'process ' + os.environ['RANK'] + ': ' if alone else ''}{explain(error)}", file=sys.stderr)
+            if kept_quiet(error): time.sleep(3)                               # torchrun ends all when one has ended: not before another has spoken
+            else: print(f"poet: error: {'' if is_main() else 'process ' + os.environ['RANK'] + ': '}{explain(error)}", file=sys.stderr)
             return 2
 
 # %% ../nbs/33_cli.ipynb #a529ba5b
@@ -343,8 +343,8 @@ def train_config(
 )->Config:
     "The configuration that the options of `poet train` ask for. Raises: ConfigError."
     source = Path(args.init) if args.init and not is_url(args.init) else None
-    if config := named_config(args): pass
-    elif args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
+    if config := named_config(args): return with_settings(config, args)
+    if args.resume and (args.run / "config.json").is_file(): config = load_config(args.run)
     elif args.resume and (args.run / "checkpoint.pt").is_file(): config = config_from_dict(read_checkpoint(args.run)["config"], f"{args.run / 'checkpoint.pt'}") # config.json was lost
     elif source and source.is_dir(): config = load_config(source)
     elif source and source.is_file() and source.with_name("config.json").is_file(): config = load_config(source.parent)
@@ -394,9 +394,10 @@ def run_train(
     args:argparse.Namespace, # parsed options
 )->int: # exit code
     "`poet train`: check everything that can be checked, then train."
-    args.resume |= was_restarted()
+    restarted = was_restarted()
+    args.resume |= restarted
     args.quiet |= not is_main()
-    if is_main() and not was_restarted(): check_resume(args.run, args.resume, bool(args.init))
+    if is_main() and not restarted: check_resume(args.run, args.resume, bool(args.init))
     config, told = train_config(args), []
     device, d, t = usable_device(config.train.device), config.data, config.train
     init = weights_of(args.init, config.model.stride) if args.init else None
@@ -709,6 +710,15 @@ class PredictJob:
         return f"{self.results.num_people:,} people in {where}; {', '.join(files)}: {out}" + (f"; {len(self.bad)} of {self.num_sources} sources can't be read, see above" if self.bad else "")
 
 # %% ../nbs/33_cli.ipynb #a1b78241
+def draw_overlay(
+    job:PredictJob,
+    file:Path,  # image
+    found:dict, # its people
+    out:Path,   # picture to write
+)->None:
+    "Draw people into a copy of their image."
+    Image.fromarray(overlay_poses(load_image(file, job.model.config.data.bits), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
+
 def predict_images(
     job:PredictJob,
     files, # (name, file) of images, one after another
@@ -723,11 +733,15 @@ def predict_images(
     def on_bad(path, error):
         bar.update()
         job.skip(DataError(str(error).replace(path, names[path])))
-    for path, file, size, found in stream_predictions(job.model, paths(), job.options, on_bad=on_bad):
-        if out := job.overlay(file, ".jpg" if max(size) <= 65500 else ".png"):       # JPEG has no longer sides
-            Image.fromarray(overlay_poses(load_image(file, job.model.config.data.bits), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
-        job.results.add(names[path], size, found)
-        bar.update()
+    with ThreadPoolExecutor(READERS) as pool:
+        drawn = deque()
+        for path, file, size, found in stream_predictions(job.model, paths(), job.options, on_bad=on_bad):
+            out = job.overlay(file, ".jpg" if max(size) <= 65500 else ".png")        # JPEG has no longer sides
+            if out: drawn.append(pool.submit(draw_overlay, job, file, found, out))
+            if len(drawn) > 4 * READERS: drawn.popleft().result()
+            job.results.add(names[path], size, found)
+            bar.update()
+        for picture in drawn: picture.result()
 
 def predict_frames_of(
     job:PredictJob,
@@ -761,24 +775,22 @@ def local_files(
             except DataError as error: job.skip(error)
 
 def run_job(
-    self,
+    job:PredictJob,
     sources:list[Path|str], # files and addresses
 )->None:
     "Go through all sources, then the webcam."
-    args = self.args
+    args = job.args
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(sources), unit="file", desc="predict", disable=args.quiet or not sources) as bar:
-        for video, files in groupby(local_files(self, sources, Path(folder)), key=lambda pair: is_video(pair[1])):
-            if not video: predict_images(self, files, bar)
+        for video, files in groupby(local_files(job, sources, Path(folder)), key=lambda pair: is_video(pair[1])):
+            if not video: predict_images(job, files, bar)
             else:
                 for name, file in files:
-                    try: predict_frames_of(self, name, file, read_video(file), video_facts(file))
-                    except DataError as error: self.skip(DataError(str(error).replace(str(file), name)))
+                    try: predict_frames_of(job, name, file, read_video(file), video_facts(file))
+                    except DataError as error: job.skip(DataError(str(error).replace(str(file), name)))
                     bar.update()
     if args.webcam is None: return
-    try: predict_frames_of(self, f"webcam {args.webcam}", Path(f"webcam{args.webcam}"), read_webcam(args.webcam), WEBCAM)
+    try: predict_frames_of(job, f"webcam {args.webcam}", Path(f"webcam{args.webcam}"), read_webcam(args.webcam), WEBCAM)
     except KeyboardInterrupt: print("poet: webcam ended", file=sys.stderr)
-
-PredictJob.run = run_job
 
 # %% ../nbs/33_cli.ipynb #11d94d05
 def common_folder(
@@ -837,7 +849,7 @@ def run_predict(
     job = PredictJob(args, model, options, skeleton_of(model), results, len(sources) + (args.webcam is not None))
     job.taken.update(str(s.resolve()).lower() for s in sources if isinstance(s, Path)) # an overlay never replaces a source
     try:
-        with results, explain_memory("give a smaller --batch"): job.run(sources)
+        with results, explain_memory("give a smaller --batch"): run_job(job, sources)
     finally:
         if results.done: print(job.summary())
     if not results.num_images and job.bad: raise DataError(f"not one of {len(job.bad)} sources can be read; the first: {job.bad[0]}")

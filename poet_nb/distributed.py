@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['world_size', 'rank', 'is_main', 'by_torchrun', 'was_restarted', 'mark_begun', 'local_gpu', 'fresh_part',
-           'said_by_main', 'processes', 'leave', 'totals', 'any_of', 'gathered', 'on_main', 'share_of', 'seed_process',
-           'in_parallel', 'averaging', 'main_first', 'copy_buffers', 'meet_anyway']
+           'others_tell', 'kept_quiet', 'processes', 'leave', 'totals', 'any_of', 'gathered', 'on_main', 'share_of',
+           'seed_process', 'in_parallel', 'averaging', 'main_first', 'copy_buffers', 'meet_anyway']
 
 # %% ../nbs/30b_distributed.ipynb #0bb32a55
 import multiprocessing, os, re, sys, time
@@ -60,10 +60,10 @@ def local_gpu(
     "The GPU of this process on its machine. Raises: ConfigError if there are more processes than GPUs, or all are sent to one."
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.type == "mps": raise ConfigError("field train.device: a Mac has one GPU, which several processes can't share; take cpu, or one process")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device.type != "cuda": return device
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.index not in (None, number): raise ConfigError(f"field train.device: {device} is one GPU, but torchrun has started several processes; take cuda or auto")
-    if number >= torch.cuda.device_count():
-        raise ConfigError(f"torchrun has started process {number + 1} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc-per-node, or take --device cpu")
+    number, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is not None: raise ConfigError(f"field train.device: {device} is one GPU, but torchrun has started several processes; take cuda or auto")
+    if max(number + 1, here) > torch.cuda.device_count():                        # for all, so that the main process says it
+        raise ConfigError(f"torchrun has started {max(number + 1, here)} processes on a machine with {torch.cuda.device_count()} GPUs; lower --nproc-per-node, or take --device cpu")
     return torch.device("cuda", number)
 
 # %% ../nbs/30b_distributed.ipynb #057b510b
@@ -90,23 +90,30 @@ def fresh_part(
     return dist.PrefixStore(name, store)
 
 # %% ../nbs/30b_distributed.ipynb #3aed035c
-def said_by_main(
+def others_tell(
     error:Exception,        # of this process, while the others are still connected
     store:dist.Store|None,  # of all processes, None without `torchrun`
     me:int,                 # rank
+    gone:bool=False,        # the error is that another process has ended
     seconds:float=3,        # how long the main process has for saying so
 )->bool:
-    "Does the main process end with an error for people too, so that this one may keep quiet?"
+    "Does another process end with an error for people too, so that this one may keep quiet?"
+    if getattr(error, "quiet", False) or store is None: return getattr(error, "quiet", False)
     if me == 0:
-        if store is not None: store.set("poet_nb/main_says", "")
-        return True
-    if getattr(error, "said", False): return True
-    if store is None: return False
+        store.set("poet_nb/main_says", "")
+        return gone and store.check(["poet_nb/told"])
     try: store.wait(["poet_nb/main_says"], timedelta(seconds=seconds))
     except RuntimeError:
         store.set("poet_nb/told", "")                                  # so the main process, which will lose this one, may keep quiet
         return False
     return True
+
+def kept_quiet(
+    error:BaseException|None,
+)->bool:
+    "Does another process say it? What was noted of an error, or of its cause, while the processes were connected; else the main process speaks."
+    while error is not None and not hasattr(error, "quiet"): error = error.__cause__
+    return not is_main() if error is None else error.quiet
 
 # %% ../nbs/30b_distributed.ipynb #9439c62e
 _GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|remote worker crashing")
@@ -131,10 +138,9 @@ def processes(
         yield
         dist.barrier(); failed = False                                 # nobody hangs up while another one still listens
     except Exception as error:
-        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
-            error = PoetError("another process of this job has ended, so this one does too; what that one said is the reason, or the system has ended it")
-            error.known = part is not None and part.check(["poet_nb/told"])
-        error.untold = not said_by_main(error, part, me)
+        gone = isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
+        if gone: error = PoetError("another process of this job has ended, so this one does too; what that one said is the reason, or the system has ended it")
+        error.quiet = others_tell(error, part, me, gone)
         raise error
     finally:
         if not (failed and device.type == "cuda"): dist.destroy_process_group() # NCCL would wait for the others; `leave` ends this one
@@ -187,7 +193,7 @@ def on_main(
         except Exception as error: answer[1] = error
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
-        answer[1].said = True
+        answer[1].quiet = rank() > 0                                     # the main process says it
         raise answer[1]
     return answer[0]
 

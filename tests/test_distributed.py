@@ -378,3 +378,12 @@ def test_two_machines_and_a_process_that_is_killed(people, tmp_path):
     assert [line["epoch"] for line in log] == [1, 2, 3] and log[-1]["coco"]["images"] == 10 and (run / "environment.json").read_text() == before
     torch.set_num_threads(1)
     same(fit(config, tmp_path / "alone", progress=False), log, 1e-2)
+
+
+@pytest.mark.parametrize("device, environment, words", [("cuda", dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"), "2 processes on a machine with 1 GPUs"), ("cuda", dict(LOCAL_RANK="1"), "2 processes on a machine with 1 GPUs"),
+                                                        ("cuda:0", dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"), "cuda:0 is one GPU")])
+def test_too_many_processes_for_the_gpus_are_refused_by_each(monkeypatch, device, environment, words):
+    "By the main one too, which is the one that speaks."
+    for name, value in dict(WORLD_SIZE="2", **environment).items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=words): distributed.local_gpu(torch.device(device))
