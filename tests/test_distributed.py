@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-from poet_nb import cli
-from poet_nb.config import PoetError, override, preset
+from poet_nb import cli, distributed
+from poet_nb.config import ConfigError, PoetError, override, preset
 from poet_nb.distributed import fresh_part, mark_begun, share_of, was_restarted
 from poet_nb.engine import EpochBatches, fit
 from poet_nb.synth import SynthConfig, make_synth
@@ -287,7 +287,7 @@ def test_addresses_of_the_dead_are_not_read():
 REFUSED_ONCE = """
 import sys
 from pathlib import Path
-from poet_nb import cli
+from poet_nb import cli, distributed
 from poet_nb.distributed import leave, was_restarted
 with open(RUN + ".starts", "a") as f: f.write(f"{was_restarted()} ")
 leave(cli.main(["train", "--config", CONFIG, "--folder", RUN, "--quiet"]))
@@ -314,7 +314,7 @@ STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
 import poet_nb.engine as engine
-from poet_nb import cli
+from poet_nb import cli, distributed
 from poet_nb.distributed import leave, rank
 step, sent = engine.train_step, Path(RUN + ".sent")
 def told(state, *args):
