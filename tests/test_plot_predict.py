@@ -147,16 +147,17 @@ def test_a_figure_has_the_same_bytes_in_another_process(tmp_path):
         assert matplotlib.__version__.encode() not in first
 
 
-FIGURES = {"52_fig3_predictions": "fig3_predictions", "53_fig4_losses": "fig4_losses", "54_fig5_attention": "fig5_attention", "55_fig6_map": "fig6_map", "56_fig7_centers": "fig7_centers",
+FIGURES = {"50_fig1_stride": "fig1_stride", "51_fig2_overview": "fig2_overview", "52_fig3_predictions": "fig3_predictions", "53_fig4_losses": "fig4_losses", "54_fig5_attention": "fig5_attention", "55_fig6_map": "fig6_map", "56_fig7_centers": "fig7_centers",
            "57_fig8_visibility": "fig8_visibility", "58_fig9_decoder_layers": "fig9_decoder_layers"}
+TABLES = ["60_table1", "61_table2", "62_claims"]
 
 
-def draw_figures(there, **environment):
-    "Run the figure notebooks in a folder of their own; hashes of the files they wrote, by name."
+def draw_figures(there, more=(), **environment):
+    "Run the figure notebooks, and more, in a folder of their own; hashes of the files they wrote, by name."
     root = Path(__file__).parents[1]
     (there / "nbs").mkdir(parents=True); (there / "data").symlink_to(root / "data")
     for part in ("settings.ini", "poet_nb"): (there / part).symlink_to(root / part)
-    for notebook in FIGURES: shutil.copy(root / f"nbs/{notebook}.ipynb", there / "nbs")
+    for notebook in [*FIGURES, *more]: shutil.copy(root / f"nbs/{notebook}.ipynb", there / "nbs")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("POET_")} | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([sys.executable, root / "tools/execute.py", "--root", there, "--no-write"], capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -187,7 +188,7 @@ def test_figure_notebooks_take_a_run_of_another_kind(tmp_path):
     words = ["train", "--preset", "poet_tiny", "--data", root, "--run", run, "--quiet", "--set", "model.dec_layers=3", "model.enc_layers=2", "model.num_queries=8", "data.scales=[64]",
              "data.max_size=96", "data.eval_scale=64", "data.pad_multiple=32", "data.crop_resize=[64,80]", "data.crop_size=[48,64]", "train.epochs=2", "train.pretrain_epochs=1", "train.batch_size=4"]
     assert cli.main([str(w) for w in words]) == 0
-    assert {f"{name}.png" for name in FIGURES.values()} <= draw_figures(tmp_path / "there", POET_RUN=str(run), POET_DATA=str(root), POET_IMAGES="12").keys()
+    assert {f"{name}.png" for name in FIGURES.values()} <= draw_figures(tmp_path / "there", TABLES, POET_RUN=str(run), POET_DATA=str(root), POET_IMAGES="12").keys()
 
 
 # ---- logs
