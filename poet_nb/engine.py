@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, replace_file, save_config, write_atomic
 from .keypoints import Skeleton, save_categories
 from .coco import CocoKeypoints, check_alike, file_sha256, open_split
-from .transforms import Plan, batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, smaller, train_transforms
+from .transforms import Plan, collate, eval_transforms, image_generator, normalize, one_thread, padded_size, smaller, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
 from .weights import find_weights, start_from
@@ -307,7 +307,7 @@ def eval_loader(
 )->DataLoader:
     "All images of the validation split, each once, this process's share of them; a bad image is an error."
     data = open_split(config.data, config.data.val)
-    data.transforms = eval_transforms(config.data, data.skeleton)
+    data.transforms = eval_transforms(config.data)
     planned = lambda size: data.transforms.plan(Plan(tuple(size), np.eye(3))).size
     shown = [padded_size([planned(size)], config.data.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
     batches = same_size_batches(shown, min(config.train.batch_size, 32))

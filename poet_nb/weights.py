@@ -74,9 +74,9 @@ def read_sizes(
     where:str|Path,          # what to call it in an error message
 )->dict: # field of ModelConfig -> value
     "The sizes of a model from the shapes of its tensors. Raises: CheckpointError naming the tensor that is missing."
-    def size(name, axis=0):
-        if name not in state or state[name].dim() <= axis: raise CheckpointError(f"{where}: {name} is missing or has no axis {axis}; is this a checkpoint of POET?")
-        return state[name].shape[axis]
+    def size(name):
+        if name not in state or state[name].dim() == 0: raise CheckpointError(f"{where}: {name} is missing or has no axis 0; is this a checkpoint of POET?")
+        return len(state[name])
     depth = lambda part: len({k.split(".")[3] for k in state if k.startswith(f"transformer.{part}.layers.")})
     outputs, name = size("kpt_embed.layers.2.bias"), "transformer.decoder.layers.0.linear1.weight"
     if outputs % 3 != 2 or outputs < 5: raise CheckpointError(f"{where}: kpt_embed.layers.2.bias has {outputs} numbers, which is not 2 + 3K")
