@@ -13,7 +13,6 @@ import os, re, sys, tempfile, warnings
 from argparse import Namespace
 from dataclasses import replace
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from .config import CheckpointError, Config, DataError, LossConfig, PoetError, load_config, override, preset, save_config
+from .config import CheckpointError, Config, DataError, LossConfig, PoetError, is_url, load_config, optional, override, preset, save_config
 from .keypoints import PERSON_KEYPOINTS, load_categories, pose_slots, save_categories
 from .coco import Source, fetch, file_sha256
 from .backbone import BACKBONES, SlimResNet, load_state_file, read_weights, state_of
@@ -221,8 +220,7 @@ def download_weights(
 # %% ../nbs/14_weights.ipynb #f15b9930
 def _hub(repo):
     "The package huggingface_hub, or a PoetError that says how to get it."
-    try: return import_module("huggingface_hub")
-    except ImportError: raise PoetError(f"{repo}: the Hugging Face hub needs a package that is optional here: pip install huggingface_hub") from None
+    return optional("huggingface_hub", f"{repo}: the Hugging Face hub needs a package that is optional here: pip install huggingface_hub")
 
 # %% ../nbs/14_weights.ipynb #5c19def6
 def hub_folder(
@@ -321,7 +319,7 @@ def find_weights(
     stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # a file on this machine
     "The file that some weights are in, downloaded if need be. Raises: CheckpointError that says what to fetch and where to put it."
-    if re.match(r"https?://", str(source)): return download_weights(source)        # first: an address may be too long for a path
+    if is_url(source): return download_weights(source)        # first: an address may be too long for a path
     if Path(source).is_dir(): return Path(source)/"model.safetensors"
     if Path(source).is_file(): return _refuse_others(Path(source))
     if source == "official": return official_file(stride)
