@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from .transforms import Fused, Plan, batch_size as padded_size, image_generator
+from .transforms import Fused, Plan, image_generator, padded_size
 
 # %% ../nbs/30a_buckets.ipynb #8c3ebed8
 def planned_size(

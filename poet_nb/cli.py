@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
-from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, replace_file, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataError, PoetError, config_from_dict, load_config, override, preset, read_json, replace_file, write_atomic
 from .keypoints import COCO_PERSON, Skeleton
 from .plot import overlay_poses
 from .synth import SynthConfig, make_synth
@@ -501,8 +501,8 @@ def unlabelled_images(
     "The images of a split without annotations. Raises: DataError where the list or an image is missing."
     file, folder = root / "annotations" / f"image_info_{split}.json", root / f"test{split[-4:]}"
     remedy = f"unpack {COCO_URL}/annotations/image_info_{folder.name}.zip and {COCO_URL}/zips/{folder.name}.zip in {root}; --data names another dataset"
-    try: images = {int(image["id"]): folder / Path(image["file_name"]).name for image in json.loads(file.read_bytes())["images"]}
-    except OSError as error: raise DataError(f"{file}: can't be read ({error.strerror}); {remedy}") from None
+    coco = read_json(file, unread=f"; {remedy}", broken=f"; {remedy}")
+    try: images = {int(image["id"]): folder / Path(image["file_name"]).name for image in coco["images"]}
     except (ValueError, KeyError, TypeError) as error: raise DataError(f"{file}: field images is not COCO's ({error!r:.100}); {remedy}") from None
     missing = [path for path in images.values() if not path.is_file()]
     if missing or not images: raise DataError(f"{missing[0] if missing else file}: {len(missing):,} of {len(images):,} images are not there; {remedy}")
@@ -594,10 +594,8 @@ def read_results(
 ): # as `load_results` gives it
     "Results from a file of either kind. Raises: DataError."
     content = file.read_bytes() if file.is_file() else b""
-    if content[:100].lstrip()[:1] != b"{": return load_results(file)
-    try: coco = json.loads(content)
-    except ValueError: return load_results(file)           # which says what is wrong
-    return replace(load_results(renumbered(coco, truth, file)), name=str(file))
+    if content[:100].lstrip(b"\xef\xbb\xbf\t\r\n ")[:1] != b"{": return load_results(file)
+    return replace(load_results(renumbered(read_json(file, broken="; was the file cut short?"), truth, file)), name=str(file))
 
 # %% ../nbs/33_cli.ipynb #9b5c8e21
 @command("eval", "Score a run, or a file of results, with COCO's ten numbers.",

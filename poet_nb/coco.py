@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['BOX_SHARE', 'STAND_INS', 'ANNOTATIONS', 'CLUTTER', 'COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image',
-           'read_annotations', 'column', 'ImageTable', 'image_table', 'keypoint_categories', 'PersonTable', 'check_ids',
-           'complete_people', 'odd_people', 'check_poses', 'forget_outside', 'person_table', 'CocoIndex', 'index_coco',
-           'image_target', 'CocoKeypoints', 'missing_images', 'annotation_file', 'splits_of', 'open_coco', 'open_split',
-           'check_posed', 'check_alike', 'group_images', 'set_aside', 'lay_out', 'describe', 'Source', 'one_at_a_time',
-           'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images',
-           'download_coco']
+           'check_lists', 'read_annotations', 'column', 'ImageTable', 'image_table', 'keypoint_categories',
+           'PersonTable', 'check_ids', 'complete_people', 'odd_people', 'check_poses', 'forget_outside', 'person_table',
+           'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints', 'missing_images', 'annotation_file', 'splits_of',
+           'open_coco', 'open_split', 'check_posed', 'check_alike', 'group_images', 'set_aside', 'lay_out', 'describe',
+           'Source', 'one_at_a_time', 'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset',
+           'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
 import errno, filecmp, gc, hashlib, io, json, math, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from http.client import HTTPException
@@ -31,7 +31,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig, DataError, replace_file, write_atomic
+from .config import ConfigError, DataConfig, DataError, hold_lock, read_json, replace_file, write_atomic
 from .keypoints import Skeleton, read_sigmas
 
 # %% ../nbs/04_coco.ipynb #b9ecf95d
@@ -123,12 +123,12 @@ def _forget(record):
 
 # %% ../nbs/04_coco.ipynb #8fadcb1b
 def _parse(
-    file:str|Path, # json file
+    text:bytes, # of a json file
     hook:Callable=_forget, # called with every object as soon as it is parsed
     pattern:re.Pattern|None=_OUTLINE, # lists to cut out beforehand
 ): # the parsed file
     "Parse a large json file without garbage collection in between: nothing there is garbage."
-    text, collecting = Path(file).read_bytes(), gc.isenabled()
+    collecting = gc.isenabled()
     gc.disable()
     try:
         if pattern is None: return json.loads(text, object_hook=hook)
@@ -138,24 +138,25 @@ def _parse(
         if collecting: gc.enable()
 
 # %% ../nbs/04_coco.ipynb #4e75fc23
-def _parse_or_tell(file):
-    "`_parse`, with errors that a user understands."
-    try: return _parse(file)
-    except OSError as error: raise DataError(f"{file}: can't be read ({error.strerror}); is the path right? `poet data coco` downloads COCO") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON ({error}); it may have been cut off: download or export it again") from None
+def check_lists(
+    coco, # a parsed file
+    name:str|Path, # of the file
+)->dict: # the same
+    "Has it the lists of a COCO file? Raises: DataError if not."
+    for field in ("images", "annotations", "categories"):
+        records = coco.get(field) if isinstance(coco, dict) else None
+        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+            raise DataError(f"{name}: field {field!r} must be a list of objects; this is not a COCO annotation file (a file of results belongs to `poet eval`)")
+    return coco
 
 # %% ../nbs/04_coco.ipynb #c2ec1234
 def read_annotations(
     file:str|Path, # COCO json
+    parse:Callable=_parse, # bytes -> the parsed file; `json.loads` keeps all that is in it
 )->dict: # images, annotations and categories, each a list of dicts; no outlines
     "Parse a COCO file. Raises: DataError if it is cut off, not JSON or not COCO."
-    coco = _parse_or_tell(file)
-    for field in ("images", "annotations", "categories"):
-        records = coco.get(field) if isinstance(coco, dict) else None
-        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-            raise DataError(f"{file}: field {field!r} must be a list of objects; this is not a COCO annotation file (a file of results belongs to `poet eval`)")
-    return coco
+    coco = read_json(file, unread="; is the path right? `poet data coco` downloads COCO", broken="; it may have been cut off: download or export it again", parse=parse)
+    return check_lists(coco, file)
 
 # %% ../nbs/04_coco.ipynb #046fee58
 def _fault(where, record, number, field, problem):
@@ -678,9 +679,7 @@ def lay_out(
     area:float=0., # annotations without an area, or with 0, get this share of their box; 0: none gets it
 )->dict[str, int]: # split -> images
     "Copy images and annotations into COCO's layout, some set aside for validation. Raises: DataError, ConfigError."
-    try: coco = json.loads(Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError) as error: raise DataError(f"{file}: not a readable COCO file ({error})") from None
-    read_annotations(file) # for its errors
+    coco = read_annotations(file, json.loads)
     images = [image for image in coco["images"] if not _below(pictures, image.get("file_name"))]
     if images: raise DataError(f"{len(images)} of the {len(coco['images'])} pictures in {file} are not below {pictures}, the first is {images[0].get('file_name')!r}; mend field file_name")
     groups = group_images(sorted(coco["images"], key=lambda image: str(image.get("id")).zfill(20)), group)
@@ -793,7 +792,7 @@ def _try_once(url, part, timeout, bar):
         return f"the server says {error.code} {error.reason}"
     except OSError as error:
         if error.filename: raise DataError(f"{error.filename}: can't be written ({error.strerror}); choose another folder") from None
-        if error.errno in (28, 122): raise DataError(f"{part}: no room left on the disk; make room and run the same command again, it goes on") from None
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)): raise DataError(f"{part}: no room left on the disk; make room and run the same command again, it goes on") from None
         return str(error)
     except (HTTPException, ValueError) as error: return str(error) or type(error).__name__
 
@@ -803,22 +802,11 @@ def one_at_a_time(
     path:Path, # file that is made inside; the lock lies beside it until it is there
 )->Iterator[None]:
     "Processes that want the same file come one after the other; where the system has no such locks (Windows) they don't."
-    try: import fcntl
-    except ImportError:
-        yield
-        return
     lock = path.with_name(path.name + ".lock")
-    while True:
-        held = open(lock, "w")
-        try: fcntl.flock(held, fcntl.LOCK_EX)
-        except OSError as error:                                                            # nor do some network file systems have them
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP): raise
-            break
-        if lock.exists() and os.fstat(held.fileno()).st_ino == lock.stat().st_ino: break # else the one before has removed it
-        held.close()
-    with held:
+    with hold_lock(lock) or nullcontext() as held:
         try: yield
-        finally: lock.unlink(missing_ok=True)
+        finally:
+            if held: lock.unlink(missing_ok=True)
 
 # %% ../nbs/04_coco.ipynb #1783f006
 def fetch(
@@ -918,7 +906,7 @@ def write_subset(
     def keep(record):
         key = "image_id" if "image_id" in record else "id" if "file_name" in record else None
         return record if key is None or record[key] in image_ids else None
-    coco = _parse(full, keep, None)
+    coco = read_json(full, parse=lambda text: _parse(text, keep, None))
     for field in ("images", "annotations"): coco[field] = [r for r in coco[field] if r is not None]
     write_atomic(file, json.dumps(coco).encode())
 
@@ -984,9 +972,9 @@ def _get_split(folder, split, subset, source):
     fetched = _fetch_split(folder, split, table, subset, source)
     if subset is not None:
         full.parent.mkdir(parents=True, exist_ok=True)
-        if whole == file: os.replace(file, full)
+        if whole == file: replace_file(file, full)
         write_subset(full, file, set(table.ids.tolist()))
-    elif whole == full: os.replace(full, file)
+    elif whole == full: replace_file(full, file)
     return fetched
 
 # %% ../nbs/04_coco.ipynb #44271140

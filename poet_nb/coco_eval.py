@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from .config import DataError, NonFiniteError, write_atomic
+from .config import DataError, NonFiniteError, read_json, write_atomic
 from .keypoints import COCO_PERSON, Skeleton
-from .coco import column, complete_people, odd_people
+from .coco import check_lists, column, complete_people, odd_people
 
 # %% ../nbs/30_coco_eval.ipynb #95e4df98
 METRICS = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
@@ -120,19 +120,10 @@ def _check_ids(ids, name):
     if (values == 0).any():
         warnings.warn(f"{name}: annotation 0: to pycocotools the id 0 means nobody, so this person can't be found, here neither; number from 1")
 
-# %% ../nbs/30_coco_eval.ipynb #ea9df188
-def _check_file(dataset, name):
-    "Raises: DataError if it isn't a parsed COCO annotation file."
-    for field in ("images", "annotations", "categories"):
-        records = dataset.get(field) if isinstance(dataset, dict) else None
-        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-            raise DataError(f"{name}: field {field!r} must be a list of objects; is this a COCO keypoint annotation file?")
-
 # %% ../nbs/30_coco_eval.ipynb #36de170d
 def _prepare(dataset, name, image_ids, sigmas, category_id):
     "Check a parsed COCO file and turn it into a KeypointGroundTruth."
-    _check_file(dataset, name)
-    everyone, where = dataset["annotations"], f"{name}: annotation"
+    everyone, where = check_lists(dataset, name)["annotations"], f"{name}: annotation"
     known = np.unique(column(dataset["images"], "id", f"{name}: image", integer=True))
     image_ids = known if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
     if len(missing := np.setdiff1d(image_ids, known)): raise DataError(f"{name}: there is no image {missing[0]} (nor {len(missing) - 1} others)")
@@ -152,11 +143,9 @@ def _prepare(dataset, name, image_ids, sigmas, category_id):
     return KeypointGroundTruth(name, dataset, image_ids, tuple(categories), sigmas, ids[rows[order]], cells[order], **columns)
 
 # %% ../nbs/30_coco_eval.ipynb #d230f67a
-def _read_json(path):
-    "Parse a JSON file. Raises: DataError naming it."
-    try: return json.loads(Path(path).read_bytes())
-    except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DataError(f"{path}: not valid JSON ({e}); was the file cut short?") from None
+def _read(path):
+    "Parse a file of annotations or results. Raises: DataError naming it."
+    return read_json(path, broken="; was the file cut short?")
 
 # %% ../nbs/30_coco_eval.ipynb #b2331643
 def load_ground_truth(
@@ -172,8 +161,8 @@ def load_ground_truth(
     if file := getattr(source, "annotations_file", None):
         skeleton = getattr(source, "skeleton", None)
         own = _own_sigmas(skeleton, str(file)) if sigmas is None and skeleton else None
-        return _prepare(_read_json(file), str(file), source.image_ids, first(sigmas, own), first(category_id, source.category_ids))
-    if isinstance(source, (str, Path)): return _prepare(_read_json(source), str(source), None, sigmas, category_id)
+        return _prepare(_read(file), str(file), source.image_ids, first(sigmas, own), first(category_id, source.category_ids))
+    if isinstance(source, (str, Path)): return _prepare(_read(source), str(source), None, sigmas, category_id)
     return _prepare(source, "ground truth", None, sigmas, category_id)
 
 # %% ../nbs/30_coco_eval.ipynb #8873ca9c
@@ -231,7 +220,7 @@ def load_results(
     "Read and check results. Raises: DataError naming file, entry and field."
     if isinstance(source, KeypointResults): return source
     if isinstance(source, dict): return _results_from_arrays(source)
-    entries, name = (_read_json(source), str(source)) if isinstance(source, (str, Path)) else (source, "results")
+    entries, name = (_read(source), str(source)) if isinstance(source, (str, Path)) else (source, "results")
     if not isinstance(entries, (list, tuple)): raise DataError(f"{name}: must be a list of results in COCO's format; `poet eval --run ... --out FILE` writes one (the file of `poet predict` numbers its images by itself)")
     return _results_from_list(entries, name)
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PoetError', 'ConfigError', 'DataError', 'NonFiniteError', 'CheckpointError', 'WorkerError', 'ModelConfig',
-           'LossConfig', 'DataConfig', 'TrainConfig', 'AEConfig', 'Config', 'config_from_dict', 'load_config',
-           'names_file', 'replace_file', 'write_atomic', 'save_config', 'override', 'preset']
+           'LossConfig', 'DataConfig', 'TrainConfig', 'AEConfig', 'Config', 'config_from_dict', 'read_json',
+           'load_config', 'names_file', 'replace_file', 'write_atomic', 'write_json', 'save_config', 'override',
+           'preset', 'is_url', 'optional', 'hold_lock']
 
 # %% ../nbs/00_config.ipynb #6f7cfd58
-import dataclasses, difflib, json, os, re, time, typing
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses, difflib, errno, json, os, re, time, typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #e3f4f9c1
@@ -264,6 +266,19 @@ def config_from_dict(
     try: return Config(name=str(d.get("name", Config.name)), **{part: cls(**tuples(d.get(part, {}))) for part, cls in _PARTS.items()})
     except ConfigError as e: raise ConfigError(f"{where}: {e}") from None
 
+# %% ../nbs/00_config.ipynb #4ab08ace
+def read_json(
+    path:str|Path,                # file
+    kind:type=DataError,          # the error to raise, a `PoetError`
+    unread:str="",                # what to add to its message where the file can't be read, beginning with "; "
+    broken:str="",                # and where it is no JSON
+    parse:Callable=json.loads,    # bytes -> what is returned
+): # what the file holds
+    "Parse a JSON file. Raises: `kind` naming it."
+    try: return parse(Path(path).read_bytes())
+    except OSError as e: raise kind(f"{path}: can't be read ({e.strerror}){unread}") from None
+    except (ValueError, RecursionError) as e: raise kind(f"{path}: not valid JSON ({e}){broken}") from None
+
 # %% ../nbs/00_config.ipynb #f1e5fa76
 def load_config(
     path:str|Path, # a JSON file, or a run folder that holds config.json
@@ -271,10 +286,8 @@ def load_config(
     "Read a configuration. Raises: ConfigError naming the file."
     path = Path(path)
     if path.is_dir(): path = path/"config.json"
-    try: d = json.loads(path.read_bytes())
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; a run folder has a config.json") from None
-    except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: not valid JSON ({e})") from None
-    return config_from_dict(d, str(path))
+    if not path.exists(): raise ConfigError(f"{path}: no such file; a run folder has a config.json")
+    return config_from_dict(read_json(path, ConfigError), str(path))
 
 # %% ../nbs/00_config.ipynb #441667c3
 @contextmanager
@@ -310,13 +323,21 @@ def write_atomic(
         with names_file(path): replace_file(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_config.ipynb #10c80356
+def write_json(
+    path:str|Path, # file
+    content,       # what JSON can hold
+)->None:
+    "Write a small JSON file that people may read too, atomically. Raises: OSError naming the file."
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
 # %% ../nbs/00_config.ipynb #6204c14d
 def save_config(
     config:Config,
     path:str|Path, # file
 )->None:
     "Write a configuration as JSON, atomically."
-    write_atomic(path, json.dumps(config.to_dict(), indent=1) + "\n")
+    write_json(path, config.to_dict())
 
 # %% ../nbs/00_config.ipynb #f5cede4e
 def override(
@@ -333,7 +354,7 @@ def override(
             read = value
             for text in (value, re.sub(r"(?<![\d.])\.(?=\d)", "0.", value)): # .5 is a number too
                 try: read = json.loads(text); break
-                except ValueError: pass
+                except (ValueError, RecursionError): pass
             if isinstance(read, str) or not isinstance(d[part].get(name), str): value = read   # a folder may be called 2017
         d[part][name] = value
     return config_from_dict(d, "override")
@@ -378,3 +399,41 @@ def preset(
                "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()
+
+# %% ../nbs/00_config.ipynb #fe983fe0
+def is_url(
+    source, # anything
+)->bool:
+    "Is this an address on the web?"
+    return isinstance(source, str) and re.match("https?://", source, re.I) is not None
+
+# %% ../nbs/00_config.ipynb #94379462
+def optional(
+    name:str, # of a package
+    need:str, # the message where it is missing: who needs it, and how to install it
+): # the module
+    "Import a package that not everybody has. Raises: PoetError."
+    try: return import_module(name)
+    except ImportError: raise PoetError(need) from None
+
+# %% ../nbs/00_config.ipynb #99ff249c
+def hold_lock(
+    path:str|Path,     # lock file, made if need be; who holds it may remove it, before the file that is returned is closed
+    wait:bool=True,    # until nobody else holds it
+    threads:bool=True, # threads of one process are kept apart too, and processes forked from it hold the lock with it; False: the process alone has it
+): # an open file that holds the lock; None where there are no such locks (Windows, some network file systems)
+    "Take a lock, until the file that is returned is closed. Raises: BlockingIOError where it is held and `wait` is False."
+    try: import fcntl
+    except ImportError: return None
+    lock = fcntl.flock if threads else fcntl.lockf
+    while True:
+        file = open(path, "w")
+        try: lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN): raise BlockingIOError(error.errno, "held by somebody else", str(path)) from None
+            Path(path).unlink(missing_ok=True)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)): return file
+        file.close()                                                                        # the one before has removed it

@@ -30,10 +30,10 @@ import numpy as np, scipy, torch, torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, names_file, override, replace_file, save_config, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, hold_lock, names_file, override, read_json, replace_file, save_config, write_atomic, write_json
 from .keypoints import Skeleton, save_categories
 from .coco import CocoKeypoints, check_alike, file_sha256, open_split
-from .transforms import Plan, batch_size as padded_size, collate, eval_transforms, image_generator, normalize, one_thread, smaller, train_transforms
+from .transforms import Plan, collate, eval_transforms, image_generator, normalize, one_thread, padded_size, smaller, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
 from .weights import find_weights, start_from
@@ -307,7 +307,7 @@ def eval_loader(
 )->DataLoader:
     "All images of the validation split, each once, this process's share of them; a bad image is an error."
     data = open_split(config.data, config.data.val)
-    data.transforms = eval_transforms(config.data, data.skeleton)
+    data.transforms = eval_transforms(config.data)
     planned = lambda size: data.transforms.plan(Plan(tuple(size), np.eye(3))).size
     shown = [padded_size([planned(size)], config.data.pad_multiple) for size in data.index.images.sizes[data.rows].tolist()] # alone, as in a batch of its like
     batches = same_size_batches(shown, min(config.train.batch_size, 32))
@@ -941,7 +941,7 @@ def make_folder(
     save_config(config, folder/"config.json")
     save_categories(categories, folder/"skeleton.json")
     start = {} if init is None else dict(init=dict(path=str(init), sha256=file_sha256(find_weights(init, config.model.stride), progress=False)))
-    write_atomic(folder/"environment.json", json.dumps(environment(config, device) | start, indent=1) + "\n")
+    write_json(folder/"environment.json", environment(config, device) | start)
     for name in LOGS.values(): (folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/31_engine.ipynb #79614550
@@ -952,12 +952,12 @@ def note_environment(
 )->None:
     "Add to environment.json what a run goes on with, where it is not what it had."
     file, now = folder/"environment.json", environment(config, device)
-    try: facts = dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError): facts = {}                                    # removed or damaged: the present one is better than none
+    try: facts = dict(read_json(file))
+    except (ValueError, TypeError): facts = {}                                             # removed or damaged: the present one is better than none
     before = (facts.get("resumed") or [facts])[-1]
     if all(before.get(name) == value for name, value in now.items()): return
     facts = dict(facts, resumed=[*facts.get("resumed", []), now]) if facts else now
-    write_atomic(file, json.dumps(facts, indent=1) + "\n")
+    write_json(file, facts)
 
 # %% ../nbs/31_engine.ipynb #afeacc58
 def data_mark(
@@ -974,20 +974,10 @@ def data_mark(
 
 # %% ../nbs/31_engine.ipynb #a7dc9f1b
 def _locked(folder):
-    "An open file that holds the lock of a run folder; None where there are no such locks (Windows, some network file systems). Raises: CheckpointError."
-    try: import fcntl
-    except ImportError: return None
+    "An open file that holds the lock of a run folder; None where there are no such locks. Raises: CheckpointError."
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(folder/".lock", "w")
-        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN): return None
-            raise CheckpointError(f"{folder}: another process trains in this folder; wait for it, or choose another folder") from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder/".lock")): return file
-        file.close()                                                                       # the process before has removed it meanwhile
+    try: return hold_lock(folder/".lock", wait=False, threads=False)
+    except BlockingIOError: raise CheckpointError(f"{folder}: another process trains in this folder; wait for it, or choose another folder") from None
 
 @contextmanager
 def only_here(
@@ -998,8 +988,8 @@ def only_here(
     on_main(lambda: held.append(_locked(folder)))
     try: yield
     finally:
-        for file in filter(None, held):
-            (folder/".lock").unlink(missing_ok=True); file.close()
+        for file in held:
+            if file: (folder/".lock").unlink(missing_ok=True); file.close()
             if new:
                 with suppress(OSError): folder.rmdir()
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import cv2, matplotlib
@@ -33,7 +32,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .config import Config, DataError, LossConfig, PoetError, load_config
+from .config import Config, DataError, LossConfig, PoetError, load_config, optional
 from .keypoints import COCO_PERSON, Skeleton, oks
 from .plot import PALETTE, overlay_poses, paper_style, person_color, read_metrics
 from .synth import SynthConfig, render_scene
@@ -50,8 +49,7 @@ def needed(
     name:str, # package of the extra `explore`
 ): # the module
     "Import what only the explorers use. Raises: PoetError with the remedy."
-    try: return import_module(name)
-    except ModuleNotFoundError: raise PoetError(f"the explorers need {name}: pip install -e \".[explore]\" in the clone") from None
+    return optional(name, f"the explorers need {name}: pip install -e \".[explore]\" in the clone")
 
 anywidget, traitlets, widgets = map(needed, ("anywidget", "traitlets", "ipywidgets"))
 

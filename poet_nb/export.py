@@ -12,7 +12,6 @@ import copy, io, json, logging, os, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import FoldedConv2d, fold_batchnorm, freeze_batchnorm
-from .config import CheckpointError, Config, ConfigError, DataConfig, PoetError, config_from_dict, write_atomic
+from .config import CheckpointError, Config, ConfigError, DataConfig, PoetError, config_from_dict, optional, write_atomic
 from .keypoints import Skeleton, offsets_to_keypoints
 from .poet import Poet
 from .position_encoding import sine_positions
@@ -185,8 +184,7 @@ OPSETS = range(18, 23) # those that PyTorch's translator writes, but for 23: ONN
 
 def _need(package, path):
     "An optional package, or a PoetError that says how to get it."
-    try: return import_module(package)
-    except ImportError: raise PoetError(f"{path}: needs the package {package}, which is optional here: pip install onnx onnxruntime onnxscript (or pip install -e \".[export]\" in the clone)") from None
+    return optional(package, f"{path}: needs the package {package}, which is optional here: pip install onnx onnxruntime onnxscript (or pip install -e \".[export]\" in the clone)")
 
 # %% ../nbs/32c_export.ipynb #6b92e222
 def export_onnx(

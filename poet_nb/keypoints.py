@@ -9,12 +9,12 @@ __all__ = ['PERSON_KEYPOINTS', 'OKS_SIGMAS', 'DEFAULT_SIGMA', 'COCO_PERSON', 'vi
            'save_categories', 'load_categories']
 
 # %% ../nbs/01_keypoints.ipynb #c0c22377
-import json, math, re
+import math, re
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor
-from .config import DataError, write_atomic
+from .config import DataError, read_json, write_json
 
 # %% ../nbs/01_keypoints.ipynb #ae443bd4
 def visibility_mask(
@@ -179,9 +179,7 @@ def read_sigmas(
     path:str|Path, # JSON: a list of K numbers, or {joint: number}
 )->list|dict:
     "OKS sigmas from a file. Raises: DataError."
-    try: sigmas = json.loads(Path(path).read_bytes())
-    except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror}); field data.sigmas names a file of OKS sigmas") from None
-    except (ValueError, RecursionError) as e: raise DataError(f"{path}: not valid JSON ({e}); write {{\"joint\": sigma, ...}} or a list") from None
+    sigmas = read_json(path, unread="; field data.sigmas names a file of OKS sigmas", broken='; write {"joint": sigma, ...} or a list')
     if not isinstance(sigmas, (list, dict)): raise DataError(f"{path}: must be a list of sigmas or an object {{\"joint\": sigma, ...}}")
     return sigmas
 
@@ -234,15 +232,16 @@ def save_categories(
     path:str|Path,         # skeleton.json
 )->None:
     "Write the categories that a model predicts."
-    write_atomic(path, json.dumps(dict(categories=categories), indent=1) + "\n")
+    write_json(path, dict(categories=categories))
 
 def load_categories(
     path:str|Path, # skeleton.json, or a COCO file
 )->list[dict]: # one per label, with keypoints
     "The categories with keypoints of a file. Raises: DataError."
-    try: categories = [c for c in json.loads(Path(path).read_bytes())["categories"] if c.get("keypoints")]
-    except OSError as e: raise DataError(f"{path}: can't be read ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise DataError(f"{path}: not a list of COCO categories ({e}); copy it from the run again, or remove it") from None
+    remedy = "; copy it from the run again, or remove it"
+    content = read_json(path, broken=remedy)
+    try: categories = [c for c in content["categories"] if c.get("keypoints")]
+    except (KeyError, TypeError, AttributeError) as e: raise DataError(f"{path}: not a list of COCO categories ({e}){remedy}") from None
     if not categories: raise DataError(f"{path}: no category has keypoints")
     try: [Skeleton.from_category(c) for c in categories]
     except DataError as e: raise DataError(f"{path}: {e}") from None

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import DataError, PoetError, load_config, write_atomic
+from .config import DataError, PoetError, load_config, read_json, write_atomic
 from .keypoints import COCO_PERSON, Skeleton
 
 # %% ../nbs/02_plot.ipynb #7d3879ee
@@ -314,7 +314,7 @@ def _read_epochs(path):
         try:
             row = json.loads(line)
             rows.append(row | {"epoch": int(row["epoch"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError): break # a crash while the line was written
             raise DataError(f"{path}: line {number} is not an epoch of a log ({type(error).__name__}: {error})") from None
     return rows
@@ -485,8 +485,9 @@ def plot_map(
 # %% ../nbs/02_plot.ipynb #49f3bf58
 def _read_facts(path):
     "A JSON file as a dict, empty if there is none."
-    try: return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error: raise DataError(f"{path}: not valid JSON ({error})") from None
+    facts = read_json(path) if path.is_file() else {}
+    if not isinstance(facts, dict): raise DataError(f"{path}: holds no object of facts; copy it from the run again, or remove it")
+    return facts
 
 # %% ../nbs/02_plot.ipynb #4aa68345
 def run_caption(

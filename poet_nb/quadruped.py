@@ -18,7 +18,7 @@ import numpy as np
 from .config import DataError, write_atomic
 from .keypoints import Skeleton
 from .synth import (MIN_AREA, Canvas, SynthConfig, annotate, blank_canvas, count_people, extent, file_name, finish, hull, limb, move, overlap, paint, paint_background,
-                           paint_occluder, paint_pattern, place, random_camera, rotation, scene_seed, tint)
+                           paint_occluder, paint_pattern, place, random_camera, read_record, rotation, scene_seed, tint)
 
 # %% ../nbs/03a_quadruped.ipynb #b336cec4
 def quadruped_category()->dict:
@@ -357,7 +357,7 @@ def make_quadrupeds(
     config, path, images = config or quadruped_config(), Path(folder) / "annotations" / f"person_keypoints_{split}.json", Path(folder) / split
     record = dict(split=split, n=n, seed=seed, config=vars(config))
     if path.exists():
-        if json.loads(path.read_bytes()).get("info", {}).get("quadruped") == record: return path
+        if read_record(path, "quadruped") == record: return path
         raise DataError(f"{path} describes another dataset, not {n} animals of seed {seed} with these settings: remove it and {images}, or choose another folder")
     for made in (images, path.parent): made.mkdir(parents=True, exist_ok=True)
     people = []

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .coco import BOX_SHARE
 from .coco_eval import to_coco_results
-from .config import PoetError, replace_file
+from .config import PoetError, is_url, replace_file
 from .keypoints import COCO_PERSON, DEFAULT_SIGMA, Skeleton
 
 # %% ../nbs/31a_results.ipynb #bad1e177
@@ -113,7 +113,7 @@ def to_labels(
     visibility:float=.5, # joints from this on are labelled (v = 2), others are not (v = 0)
 )->dict: # images, annotations, categories: a COCO keypoint file
     "Predictions as annotations that can be corrected and learnt from."
-    images = {i["id"]: i for i in coco["images"] if "frame" not in i and not i["file_name"].startswith(("http://", "https://"))}
+    images = {i["id"]: i for i in coco["images"] if "frame" not in i and not is_url(i["file_name"])}
     people = []
     for a in coco["annotations"]:
         if a["image_id"] not in images: continue

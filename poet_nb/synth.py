@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 from tqdm.auto import tqdm
-from .config import DataError, replace_file, write_atomic
+from .config import DataError, read_json, replace_file, write_atomic
 from .keypoints import COCO_PERSON
 
 # %% ../nbs/03_synth.ipynb #cd359323
@@ -1157,12 +1157,13 @@ def check_request(
 
 # %% ../nbs/03_synth.ipynb #902333b3
 def read_record(
-    path:Path, # annotation file
-)->dict: # what `make_synth` wrote about the dataset, {} where another wrote it
-    "The generator's record in a COCO file."
-    try: return json.loads(path.read_bytes()).get("info", {}).get("synth", {})
-    except (ValueError, AttributeError) as e:
-        raise DataError(f"{path} is not a COCO annotation file ({e}): delete it or choose another folder") from e
+    path:Path,         # annotation file
+    key:str="synth",   # field of the record
+)->dict: # what the generator (`make_synth`, for that key) wrote about the dataset, {} where another wrote it
+    "The generator's record in a COCO file. Raises: DataError."
+    try: return read_json(path).get("info", {}).get(key, {})
+    except (DataError, AttributeError) as e:
+        raise DataError(f"{path} is not a COCO annotation file ({str(e).removeprefix(f'{path}: ')}): delete it or choose another folder") from None
 
 # %% ../nbs/03_synth.ipynb #7b3e0f11
 def begin(

@@ -9,7 +9,7 @@ __all__ = ['PER_PERSON', 'IMAGENET_MEAN', 'IMAGENET_STD', 'scale_matrix', 'shift
            'warp_target', 'uniform', 'integer', 'image_generator', 'Step', 'RandomFlip', 'RandomRotation',
            'CoarseDropout', 'shortest_side', 'RandomResize', 'RandomCrop', 'RandomZoom', 'RandomColor', 'RandomBlur',
            'check_step', 'Fused', 'to_fractions', 'posed_to_fractions', 'last_step', 'train_transforms', 'smaller',
-           'eval_transforms', 'NestedTensor', 'batch_size', 'new_batch', 'pad_images', 'collate', 'one_thread',
+           'eval_transforms', 'NestedTensor', 'padded_size', 'new_batch', 'pad_images', 'collate', 'one_thread',
            'normalize']
 
 # %% ../nbs/05_transforms.ipynb #7ae4833d
@@ -511,7 +511,7 @@ def posed_to_fractions(
     "The last step that forgets people without a joint; their boxes stay in `ignore`."
     image, target = to_fractions(image, target)
     posed = (target["visibility"] > 0).any(1)
-    return image, target | {k: target[k][posed] for k in ("labels", "keypoints", "visibility", "area", "iscrowd")}
+    return image, target | {k: target[k][posed] for k in PER_PERSON if k in target}
 
 def last_step(
     config:DataConfig, # unposed
@@ -546,7 +546,6 @@ def smaller(
 # %% ../nbs/05_transforms.ipynb #208fbee4
 def eval_transforms(
     config:DataConfig, # eval_scale, max_size
-    skeleton:Skeleton|None=None, # not needed; there so that both are made alike
 )->Fused: # (image, target, generator=None) -> (image, target with fractions)
     "The one resize of evaluation."
     return Fused([RandomResize([config.eval_scale], config.max_size)], finish=last_step(config))
@@ -576,7 +575,7 @@ class NestedTensor:
     def __len__(self): return len(self.tensors)
 
 # %% ../nbs/05_transforms.ipynb #8aaf5713
-def batch_size(
+def padded_size(
     sizes:Sequence[tuple[int, int]], # (height, width) of each image, pixels
     multiple_of:int=1, # sides are multiples of this, pixels
     pad_to:tuple[int, int]|None=None, # (height, width) wanted, pixels; None: just large enough
@@ -605,7 +604,7 @@ def pad_images(
     pad_to:tuple[int, int]|None=None, # (height, width) of the batch, pixels; None: the largest image's
 )->NestedTensor: # tensors in the channels-last layout
     "Lay images into one batch, at the upper left, zeros elsewhere."
-    size = batch_size([tuple(image.shape[-2:]) for image in images], multiple_of, pad_to)
+    size = padded_size([tuple(image.shape[-2:]) for image in images], multiple_of, pad_to)
     tensors = new_batch(images[0], (len(images), *size, 3)).permute(0, 3, 1, 2)
     mask = torch.ones(len(images), *size, dtype=torch.bool, device=tensors.device)
     for image, place, padding in zip(images, tensors, mask):
@@ -617,12 +616,11 @@ def pad_images(
 def collate(
     batch:Sequence[tuple[Tensor, dict]], # what the dataset gives: (image, target) each
     multiple_of:int=1, # sides of the batch are multiples of this, pixels
-    pad_to:tuple[int, int]|None=None, # (height, width) of every batch, pixels
 )->tuple[NestedTensor, list[dict]]: # the padded images; the targets as they are
     "Make a batch of samples (`collate_fn` of a DataLoader)."
     if not batch: raise DataError("no samples to make a batch of: give at least one")
     images, targets = zip(*batch)
-    return pad_images(images, multiple_of, pad_to), list(targets)
+    return pad_images(images, multiple_of), list(targets)
 
 # %% ../nbs/05_transforms.ipynb #765274ef
 def one_thread(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .config import DataError, PoetError
+from .config import DataError, PoetError, optional
 from .keypoints import COCO_PERSON, Skeleton, oks
 from .plot import overlay_poses, person_color
 from .predict import IMAGE_SUFFIXES, PredictOptions, skeleton_of, stream_predictions
@@ -33,8 +32,7 @@ from .predict import IMAGE_SUFFIXES, PredictOptions, skeleton_of, stream_predict
 # %% ../nbs/32a_video.ipynb #23fcd7bd
 def pyav():
     "The module av. Raises: PoetError where it is not installed."
-    try: return import_module("av")
-    except ImportError: raise PoetError("videos need the library PyAV: pip install 'av>=14'") from None
+    return optional("av", "videos need the library PyAV: pip install 'av>=14'")
 
 # %% ../nbs/32a_video.ipynb #0b13bea9
 @contextmanager

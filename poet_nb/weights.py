@@ -13,7 +13,6 @@ import os, re, sys, tempfile, warnings
 from argparse import Namespace
 from dataclasses import replace
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from .config import CheckpointError, Config, DataError, LossConfig, PoetError, load_config, override, preset, save_config
+from .config import CheckpointError, Config, DataError, LossConfig, PoetError, is_url, load_config, optional, override, preset, save_config
 from .keypoints import PERSON_KEYPOINTS, load_categories, pose_slots, save_categories
 from .coco import Source, fetch, file_sha256
 from .backbone import BACKBONES, SlimResNet, load_state_file, read_weights, state_of
@@ -74,9 +73,9 @@ def read_sizes(
     where:str|Path,          # what to call it in an error message
 )->dict: # field of ModelConfig -> value
     "The sizes of a model from the shapes of its tensors. Raises: CheckpointError naming the tensor that is missing."
-    def size(name, axis=0):
-        if name not in state or state[name].dim() <= axis: raise CheckpointError(f"{where}: {name} is missing or has no axis {axis}; is this a checkpoint of POET?")
-        return state[name].shape[axis]
+    def size(name):
+        if name not in state or state[name].dim() == 0: raise CheckpointError(f"{where}: {name} is missing or has no axis 0; is this a checkpoint of POET?")
+        return len(state[name])
     depth = lambda part: len({k.split(".")[3] for k in state if k.startswith(f"transformer.{part}.layers.")})
     outputs, name = size("kpt_embed.layers.2.bias"), "transformer.decoder.layers.0.linear1.weight"
     if outputs % 3 != 2 or outputs < 5: raise CheckpointError(f"{where}: kpt_embed.layers.2.bias has {outputs} numbers, which is not 2 + 3K")
@@ -221,8 +220,7 @@ def download_weights(
 # %% ../nbs/14_weights.ipynb #f15b9930
 def _hub(repo):
     "The package huggingface_hub, or a PoetError that says how to get it."
-    try: return import_module("huggingface_hub")
-    except ImportError: raise PoetError(f"{repo}: the Hugging Face hub needs a package that is optional here: pip install huggingface_hub") from None
+    return optional("huggingface_hub", f"{repo}: the Hugging Face hub needs a package that is optional here: pip install huggingface_hub")
 
 # %% ../nbs/14_weights.ipynb #5c19def6
 def hub_folder(
@@ -321,7 +319,7 @@ def find_weights(
     stride:int=32,   # which of the authors' checkpoints "official" is
 )->Path: # a file on this machine
     "The file that some weights are in, downloaded if need be. Raises: CheckpointError that says what to fetch and where to put it."
-    if re.match(r"https?://", str(source)): return download_weights(source)        # first: an address may be too long for a path
+    if is_url(source): return download_weights(source)        # first: an address may be too long for a path
     if Path(source).is_dir(): return Path(source)/"model.safetensors"
     if Path(source).is_file(): return _refuse_others(Path(source))
     if source == "official": return official_file(stride)

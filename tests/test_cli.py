@@ -201,6 +201,8 @@ def test_predictions_are_scored_by_the_names_of_their_images(data, trained, tmp_
     code, out, err = poet(*words, "found/predictions.json", "--out", "again.json")
     assert (code, err) == (0, "") and json.loads(out) == pytest.approx(wanted, abs=.02) and {r["image_id"] for r in json.loads(Path("again.json").read_text())} == {i["id"] for i in coco["images"]}
     found = json.loads(Path("found/predictions.json").read_text())
+    Path("marked.json").write_text(json.dumps(found), encoding="utf-8-sig")                           # with a byte-order mark
+    assert poet(*words, "marked.json")[1] == out
 
     def written(**changes):
         Path("changed.json").write_text(json.dumps(found | changes))
@@ -486,6 +488,9 @@ def test_errors_of_other_commands(data, trained, tmp_path, poet):
     refused(poet("predict", data / "val2017", "--run", "bad"), "model.safetensors")
     (tmp_path / "cut.json").write_text('{"images": [')
     refused(poet("eval", "--results", "cut.json", "--annotations", data / "annotations/person_keypoints_val2017.json"), "cut.json", "JSON")
+    for text in ('{"images": ' + "[" * 100_000, "[" * 100_000):
+        (tmp_path / "deep.json").write_text(text)
+        for words in (("--results", "deep.json", "--annotations", data / "annotations/person_keypoints_val2017.json"), ("--results", "cut.json", "--annotations", "deep.json")): refused(poet("eval", *words), "deep.json: not valid JSON")
     refused(poet("data", "coco", "--splits", "test2017"), "test2017", "val2017")
     refused(poet("data", "synth", "--size", 7, "--quiet"), "size", "7")
     assert "argument --seed: 99999999999 is too large" in poet("data", "synth", "--seed", "99999999999")[2]

@@ -407,7 +407,7 @@ def test_cutting_outlines_out_changes_nothing_else(tmp_path_factory, outlines, t
     file = tmp_path_factory.getbasetemp() / "outlines.json"
     file.write_text(json.dumps(dict(annotations=records), indent=indent))
     for record in records: del record["segmentation"]
-    assert coco._parse(file) == dict(annotations=records) and gc.isenabled()
+    assert coco._parse(file.read_bytes()) == dict(annotations=records) and gc.isenabled()
 
 
 # ---- targets ----

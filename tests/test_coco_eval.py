@@ -352,7 +352,7 @@ def test_bad_results_are_named(tmp_path, fields, words):
     with pytest.raises(DataError, match=words) as error: quiet(truth, tmp_path/"predictions.json")
     assert "predictions.json: entry number 2 of" in str(error.value)
 
-@pytest.mark.parametrize("text, words", [("[{", "not valid JSON"), ("{}", "list of results"), ("[3]", "entry number 0"), ("[[1]]", "entry number 0"), ('[{"image_id": 1}]', "keypoints"), ('[{"keypoints": [1, 2]}]', "keypoints")])
+@pytest.mark.parametrize("text, words", [("[{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("{}", "list of results"), ("[3]", "entry number 0"), ("[[1]]", "entry number 0"), ('[{"image_id": 1}]', "keypoints"), ('[{"keypoints": [1, 2]}]', "keypoints")])
 def test_bad_result_files_are_named(tmp_path, text, words):
     (tmp_path/"predictions.json").write_text(text)
     with pytest.raises(DataError, match=words) as error: load_results(tmp_path/"predictions.json")

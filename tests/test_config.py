@@ -207,6 +207,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
     with pytest.raises(ConfigError, match="config.json.*no such file"): load_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="config.json.*not valid JSON"): load_config(tmp_path)
+    with pytest.raises(ConfigError, match="train.lr"): override(Config(), **{"train.lr": "[" * 100_000})
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Downloading COCO from a server on this machine that does everything that servers do to people."""
+import errno
 import hashlib
 import io
 import json
@@ -16,8 +17,9 @@ import pytest
 from conftest import PERSON, person
 from PIL import Image
 
-from poet_nb.coco import COCO_SHA256, COCO_URL, Source, choose_subset, download_coco, extract, fetch, open_coco
+from poet_nb.coco import COCO_SHA256, COCO_URL, Source, choose_subset, download_coco, extract, fetch, one_at_a_time, open_coco
 from poet_nb.config import ConfigError, DataError
+from poet_nb.engine import only_here
 
 BYTES = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 
@@ -86,6 +88,35 @@ def test_two_that_want_the_same_file_come_one_after_the_other(server, tmp_path):
     with ThreadPoolExecutor(3) as pool: got = list(pool.map(lambda _: fetch(f"{server.url}/file", tmp_path / "file", patient(server)).read_bytes(), range(3)))
     assert got == [BYTES] * 3 and len(server.log) == 3, "one of them downloaded, in three pieces"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lock_that_goes_while_it_is_looked_at_is_made_anew(tmp_path, monkeypatch):
+    "Whoever had it before removes it, at any moment."
+    about, looked = os.fstat, []
+    def fstat(number):
+        looked.append(number)
+        if len(looked) == 1: (tmp_path / "file.lock").unlink()
+        return about(number)
+    monkeypatch.setattr(os, "fstat", fstat)
+    with one_at_a_time(tmp_path / "file"): assert len(looked) == 2 and [p.name for p in tmp_path.iterdir()] == ["file.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["flock", "lockf"])
+def test_without_locks_of_the_system_nothing_is_left(tmp_path, monkeypatch, kind):
+    "As on some network file systems."
+    fcntl = pytest.importorskip("fcntl")
+    def none(*_): raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, kind, none)
+    with one_at_a_time(tmp_path / "file") if kind == "flock" else only_here(tmp_path / "run"): pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_quota_is_a_full_disk_whatever_its_number(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(errno, "EDQUOT", 69)                                 # as on macOS
+    def full(*_): raise OSError(69, "Disc quota exceeded")
+    monkeypatch.setattr("poet_nb.coco._attempt", full)
+    with pytest.raises(DataError, match="no room left on the disk"): get(server, tmp_path)
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(server, tmp_path):

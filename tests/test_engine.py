@@ -1054,7 +1054,7 @@ def test_parts_with_live_statistics_are_not_called_frozen(scenes, tmp_path):
         fit(small(scenes, **{"train.pretrain_epochs": 0, "model.backbone_norm": "batch", "train.freeze": ["backbone"]}), tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"resumed": []}', "7"])
+@pytest.mark.parametrize("content", ["[]", '{"resumed": []}', "7", "[" * 100_000], ids=["list", "no facts", "number", "deep"])
 def test_an_odd_environment_file_is_replaced(runs, tmp_path, content):
     config, whole = runs("dropout")
     folder = copied(whole, tmp_path)

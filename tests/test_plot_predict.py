@@ -249,7 +249,13 @@ def test_smooth_schedules_have_no_drops(tmp_path):
 def test_captions_of_damaged_runs(tmp_path):
     assert "seed unknown" in run_caption(tmp_path)
     (tmp_path / "environment.json").write_text("{")
-    with pytest.raises(DataError, match="environment.json"): run_caption(tmp_path)
+    for text in ("{", "[" * 100_000, "[1]"):
+        (tmp_path / "environment.json").write_text(text)
+        with pytest.raises(DataError, match="environment.json"): run_caption(tmp_path)
+    (tmp_path / "environment.json").write_text('{"seed": 3}', encoding="utf-8-sig")         # with a byte-order mark
+    assert "seed 3" in run_caption(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + '\n{"epoch": 2}\n')
+    with pytest.raises(DataError, match="metrics.jsonl: line 1"): read_metrics(tmp_path)
 
 
 # ---- images in

@@ -192,6 +192,11 @@ def test_subfolders_are_sources_and_equal_names_stay_apart(poet):
     assert sorted(p.name for p in Path("both").glob("*.jpg")) == ["1_poses.jpg", "1_poses_2.jpg"]
 
 
+def test_what_came_from_an_address_is_no_label():
+    images = [dict(id=i, file_name=name, width=9, height=9) for i, name in enumerate(("a.jpg", "http://a.org/b.jpg", "HTTPS://a.org/b.jpg"))]
+    assert results.to_labels(dict(images=images, annotations=[], categories=[]))["images"] == images[:1]
+
+
 def test_labels_are_annotations_that_can_be_divided_and_learnt(poet, run, monkeypatch):
     for i in range(4):
         Path(f"new/day {i % 2}").mkdir(parents=True, exist_ok=True)
@@ -452,6 +457,6 @@ def test_test_dev_says_what_is_missing(poet, coco, tmp_path):
     next((coco / "test2017").glob("*2.jpg")).unlink()
     err = refused("--data", coco)
     assert "1 of 4 images are not there" in err and "test2017.zip" in err
-    for text in ("{", "[]", '{"images": [{"id": 1}]}', '{"images": []}'):
+    for text in ("{", "[" * 100_000, "[]", '{"images": [{"id": 1}]}', '{"images": []}'):
         (coco / "annotations/image_info_test-dev2017.json").write_text(text)
         assert "image_info_test-dev2017.json" in refused("--data", coco)

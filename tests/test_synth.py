@@ -12,6 +12,7 @@ from pycocotools import mask as rle
 from poet_nb import synth
 from poet_nb.config import DataError, PoetError
 from poet_nb.keypoints import COCO_PERSON
+from poet_nb.quadruped import make_quadrupeds
 from poet_nb.synth import SynthConfig, make_synth, render_scene
 
 SMALL = SynthConfig(size=48)
@@ -222,6 +223,14 @@ def test_foreign_files_are_not_touched(tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match=message): make_synth(tmp_path, "val2017", 4, SMALL, progress=False)
     assert (tmp_path / "val2017/000000000139.jpg").read_bytes() == b"a photograph" and path.read_text() == "[]"
+
+
+@pytest.mark.parametrize("text, message", [("[]", "is not a COCO annotation file"), ("[" * 100_000, "is not a COCO annotation file .not valid JSON"), ('{"info": {}}', "describes another dataset")], ids=["list", "deep", "another"])
+def test_animals_are_not_drawn_over_a_file_of_something_else(tmp_path, text, message):
+    (tmp_path / "annotations").mkdir()
+    (path := tmp_path / "annotations/person_keypoints_val2017.json").write_text(text)
+    with pytest.raises(DataError, match=message): make_quadrupeds(tmp_path, "val2017", n=1)
+    assert path.read_text() == text and not (tmp_path / "val2017").exists()
 
 
 @pytest.mark.parametrize("change, message", [

@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 from poet_nb.config import ConfigError, DataConfig, DataError, preset
 from poet_nb.keypoints import COCO_PERSON, Skeleton
 from poet_nb.buckets import planned_size
-from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomBlur, RandomColor, RandomCrop, RandomFlip, RandomResize, RandomRotation, Step, batch_size, collate,
-                                eval_transforms, flip_matrix, image_generator, normalize, pad_images, rotation_matrix, scale_matrix,
+from poet_nb.transforms import (CoarseDropout, Fused, NestedTensor, Plan, RandomBlur, RandomColor, RandomCrop, RandomFlip, RandomResize, RandomRotation, Step, collate,
+                                eval_transforms, flip_matrix, image_generator, normalize, pad_images, padded_size, rotation_matrix, scale_matrix,
                                 shift_matrix, shortest_side, smaller, to_fractions, train_transforms, warp_image, warp_pixels, warp_points, warp_target)
 
 PAPER = DataConfig()
@@ -444,7 +444,7 @@ def test_real_images_augment(split):
 
 @given(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), st.integers(1, 512))
 def test_the_sides_of_a_batch_are_the_smallest_multiples(size, multiple_of):
-    for side, padded in zip(size, batch_size([size], multiple_of)): assert padded % multiple_of == 0 and 0 <= padded - side < multiple_of
+    for side, padded in zip(size, padded_size([size], multiple_of)): assert padded % multiple_of == 0 and 0 <= padded - side < multiple_of
 
 
 def where_it_lies(images):

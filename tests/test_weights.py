@@ -498,6 +498,11 @@ def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(CheckpointError, match="model.safetensors: no such file"): Poet.from_pretrained(tmp_path)
 
 
+def test_an_address_is_one_however_it_is_written(monkeypatch):
+    monkeypatch.setattr(weights, "download_weights", lambda url: f"downloaded {url}")
+    for url in ("http://a.org/b.pth", "HTTPS://a.org/b.pth"): assert weights.find_weights(url) == f"downloaded {url}"
+
+
 def test_without_the_package_the_hub_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     model = types.SimpleNamespace()
