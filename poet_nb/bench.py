@@ -10,7 +10,7 @@ __all__ = ['PIECES', 'PARTS', 'FAST', 'wait_for', 'time_in_turns', 'summary', 'm
            'bench_lines', 'plot_bench', 'save_bench']
 
 # %% ../nbs/32d_bench.ipynb #5f8dea0b
-import json, sys, tempfile, time
+import sys, tempfile, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Config, ConfigError, override, preset, write_atomic
+from .config import Config, ConfigError, override, preset, write_json
 from .coco import annotation_file
 from .plot import PALETTE, TWO_COLUMNS, paper_style
 from .synth import SynthConfig, make_synth
@@ -463,7 +463,7 @@ def save_bench(
 )->list[Path]: # bench.json, and bench.png if there is a step
     "Write the record and its picture."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "bench.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / "bench.json", record)
     if "step" not in record: return [folder / "bench.json"]
     fig = plot_bench(record)
     fig.savefig(folder / "bench.png", dpi=150); plt.close(fig)

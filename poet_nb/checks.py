@@ -9,7 +9,7 @@ __all__ = ['split_remedy', 'check_images', 'find_data', 'check_data', 'few_queri
            'check_resume', 'check_run', 'check_runs']
 
 # %% ../nbs/32e_checks.ipynb #f25c4d3d
-import json, os, platform, re, shlex, shutil, warnings
+import os, platform, re, shlex, shutil, warnings
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .config import CheckpointError, Config, DataError, PoetError, load_config, preset
+from .config import CheckpointError, Config, DataError, PoetError, load_config, preset, read_json
 from .keypoints import lone_sides
 from .plot import read_metrics
 from .coco import CLUTTER, STAND_INS, CocoKeypoints, annotation_file, check_posed, describe, missing_images, open_split, splits_of
@@ -306,9 +306,8 @@ def check_resume(
     if any((run / name).exists() for name in ("metrics.jsonl", "pretrain.jsonl", "model.safetensors")):
         remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"
         raise CheckpointError(f"{run}: has results but no checkpoint.pt (committed runs have none), so it can't be gone on with; {remedy}")
-    facts = run / "environment.json"
-    try: begun = json.loads(facts.read_bytes()).get("init")
-    except (OSError, ValueError, AttributeError): begun = None
+    try: begun = read_json(run / "environment.json").get("init")
+    except (DataError, AttributeError): begun = None
     if begun and not init: raise CheckpointError(f"{run}: was stopped before its first checkpoint, and had begun from other weights: give --init {shlex.quote(begun['path'])} again, with --resume")
 
 # %% ../nbs/32e_checks.ipynb #975b32d0

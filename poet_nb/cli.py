@@ -707,7 +707,7 @@ class PredictJob:
         files = ["pictures"] * (not self.args.no_overlays) + ["predictions.json"] + ["predictions.csv"] * self.args.csv
         return f"{self.results.num_people:,} people in {where}; {', '.join(files)}: {out}" + (f"; {len(self.bad)} of {self.num_sources} sources can't be read, see above" if self.bad else "")
 
-# %% ../nbs/33_cli.ipynb #a1b78241
+# %% ../nbs/33_cli.ipynb #3d73b338
 def draw_overlay(
     job:PredictJob,
     file:Path,  # image
@@ -717,6 +717,7 @@ def draw_overlay(
     "Draw people into a copy of their image."
     Image.fromarray(overlay_poses(load_image(file, job.model.config.data.bits), found["keypoints"], job.skeleton, found["scores"], threshold=.5)).save(out, quality=90)
 
+# %% ../nbs/33_cli.ipynb #a1b78241
 def predict_images(
     job:PredictJob,
     files, # (name, file) of images, one after another
