@@ -1025,11 +1025,9 @@ class TrainingExplorer(Explorer):
         self.epoch.observe(self.refresh, "value")
         self.button.on_click(lambda _: self.look())
         self.look()
-        try: loop = asyncio.get_running_loop()
+        try: before, self.tasks[self.watch.run.resolve()] = self.tasks.get(self.watch.run.resolve()), asyncio.get_running_loop().create_task(self.follow())
         except RuntimeError: return            # no event loop, so no kernel that could go on between cells
-        run = self.watch.run.resolve()
-        if run in self.tasks: self.tasks[run].cancel()
-        self.tasks[run] = loop.create_task(self.follow())
+        if before: before.cancel()
 
     def look(self)->None:
         "Is there something new?"
