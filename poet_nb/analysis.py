@@ -24,7 +24,7 @@ from .coco_eval import (AREA_RANGES, METRICS, KeypointResults, best_oks, choose_
                                precision_recall, results_from_predictions)
 from .config import Config, LossConfig, PoetError, load_config
 from .engine import compact, on_host, same_size_batches, to_device
-from .keypoints import oks, offsets_to_keypoints
+from .keypoints import oks, offsets_to_keypoints, visibility_mask
 from .matcher import HungarianMatcher, pack_targets, stack_outputs
 from .poet import Poet, PostProcess
 from .predict import resize_for_model
@@ -141,9 +141,9 @@ def run_layers(
 
 def _count_people(data, rows, visible):
     "People of some images with a joint that counts."
-    people, flags = data.index.people, data.index.people.visibility
+    people = data.index.people
     mine = np.isin(np.repeat(np.arange(len(people.start) - 1), np.diff(people.start)), rows)
-    return int(((flags > 0 if visible == "labelled" else flags == 2).any(1) & mine).sum())
+    return int((visibility_mask(people.visibility, visible).any(1) & mine).sum())
 
 # %% ../nbs/41_analysis.ipynb #fa176370
 QUADRANTS = {"upper right": (1, -1), "upper left": (-1, -1), "lower left": (-1, 1), "lower right": (1, 1)} # I, II, III, IV with y down
@@ -322,8 +322,7 @@ def rank_images(
     table["shown"], table["top"] = shown.size().reindex(table.index, fill_value=0), shown.max().reindex(table.index, fill_value=0.)
     table["false"] = table["shown"] - table["found"]
     table["quality"] = table["gain"] / (table["people"] + table["false"])
-    unclear = {a["image_id"] for a in truth.dataset["annotations"] if a.get("iscrowd") or not any(v > 0 for v in a["keypoints"][2::3])}
-    table["clear"] = ~table.index.isin(list(unclear))
+    table["clear"] = ~table.index.isin(truth.image_ids[truth.image_index[truth.ignored]])
     return table.sort_values(["quality", "top"], ascending=[False, True], kind="stable").drop(columns="top"), people
 
 # %% ../nbs/41_analysis.ipynb #f93241c0

@@ -103,8 +103,8 @@ class AELoss(nn.Module):
         super().__init__()
         self.network, self.config = model, config
 
-    def forward(self, samples:NestedTensor, targets:list, num_people=None, num_images=None)->dict: # images are averaged, so num_people is not needed
-        maps = self.network(samples)
+    def forward(self, samples:NestedTensor, targets:list, num_people=None, num_images=None, maps:dict|None=None)->dict: # images are averaged, so num_people is not needed
+        if maps is None: maps = self.network(samples)
         with torch.autocast(samples.tensors.device.type, enabled=False): losses = self.losses({k: v.float() for k, v in maps.items()}, samples, targets)
         return losses if num_images is None else {k: v * (len(targets) / num_images) for k, v in losses.items()}
 
@@ -218,11 +218,12 @@ def full_maps(
     model:AssociativeEmbedding,
     samples:NestedTensor, # normalised
     skeleton:Skeleton|None=None, # of the data; needed for the flip test of a model that does not know its own
+    maps:dict|None=None, # what the model says of them, if that is known
 )->tuple[Tensor, Tensor]: # (B, K, H, W) heatmaps, 0 in the padding; (B, K, H, W, D) tags, D = 2 with the flip test
     "Maps at the size of the input, the mirrored image's with them if `ae.flip_test`."
     size, ae = samples.tensors.shape[-2:], model.config.ae
     large = lambda maps: [F.interpolate(maps[name].float(), size=size, mode="bilinear") for name in ("heatmaps", "tags")]
-    heat, tags = large(model(samples))
+    heat, tags = large(model(samples) if maps is None else maps)
     tags = tags[..., None]
     if ae.flip_test:
         widths, order = samples.sizes()[:, 1].tolist(), mirror_order(model.config, getattr(model, "categories", None), skeleton)
@@ -249,9 +250,10 @@ def _people(self,
     samples:NestedTensor, # normalised
     sizes:Tensor,         # (B, 2) (height, width) of the original images, pixels
     skeleton:Skeleton|None=None, # as for `full_maps`
+    maps:dict|None=None, # as for `full_maps`
 )->list[dict]: # per image scores (N,), labels (N,), keypoints (N, K, 3) in pixels (x, y, confidence)
     "Poses of a batch, as `PostProcess` gives them for POET."
-    heatmaps, tags = full_maps(self, samples, skeleton)
+    heatmaps, tags = full_maps(self, samples, skeleton, maps)
     inside = samples.sizes().tolist()
     return [to_people(*decode(h[:, :a, :b], t[:, :a, :b], self.config.ae), (a, b), size) for h, t, (a, b), size in zip(heatmaps, tags, inside, sizes.tolist())]
 
@@ -315,7 +317,10 @@ class AEMethod:
     def judge(model:nn.Module, config:Config, layer:int=-1, skeleton:Skeleton|None=None):
         "A function of (samples, targets, num_people, num_images): their losses, and what is predicted for each image, in pixels of the original."
         task = AELoss(model, config)
-        return lambda samples, targets, *counts: (task(samples, targets, *counts), model.people(samples, torch.stack([t["orig_size"] for t in targets]), skeleton))
+        def judged(samples, targets, *counts):
+            maps = model(samples)
+            return task(samples, targets, *counts, maps=maps), model.people(samples, torch.stack([t["orig_size"] for t in targets]), skeleton, maps)
+        return judged
 
     @staticmethod
     def people(model:nn.Module, layer:int=-1):

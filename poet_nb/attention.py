@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .config import DataConfig, LossConfig, PoetError
-from .keypoints import Skeleton
+from .keypoints import Skeleton, joint_words
 from .transforms import normalize, pad_images, to_fractions
 from .poet import Poet, PostProcess
 from .matcher import PREDICTIONS, assign, class_cost, pack_targets, pose_cost, stack_outputs
@@ -217,8 +217,7 @@ def joint_indices(
 )->list[int]: # in [0, K)
     "Joints by name, by index, or those of the head. Raises: PoetError for a joint that the skeleton does not have."
     names = list(skeleton.keypoints)
-    words = [set(name.lower().replace("-", "_").replace(" ", "_").split("_")) for name in names]
-    if joints is None: return [k for k, said in enumerate(words) if said & HEAD_WORDS]
+    if joints is None: return [k for k, name in enumerate(names) if HEAD_WORDS.intersection(joint_words(name))]
     unknown = [j for j in joints if (j not in names if isinstance(j, str) else not 0 <= j < len(names))]
     if unknown: raise PoetError(f"skeleton {skeleton.name!r} has no joint {unknown[0]!r}; it has {', '.join(names)}")
     return [names.index(j) if isinstance(j, str) else int(j) for j in joints]

@@ -157,7 +157,7 @@ def peak_memory(
     "The most memory since it was last forgotten: allocated on a GPU, resident of the process on a CPU."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     if device.type == "mps": return torch.mps.driver_allocated_memory()
-    try: return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    try: return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration): pass
     try: import resource
     except ImportError: return 0                                                       # Windows does not tell

@@ -71,7 +71,7 @@ def _own_sigmas(skeleton, name):
 
 def _default_sigmas(categories, people, name):
     "(K,) OKS sigmas of the categories' skeleton."
-    nameless = not any(c.get("keypoints") for c in categories.values()) and all(len(p.get("keypoints") or ()) in (0, 51) for p in people)
+    nameless = not any(c.get("keypoints") for c in categories.values()) and all(len(p.get("keypoints") or ()) in (0, 3 * COCO_PERSON.num_keypoints) for p in people)
     skeletons = [COCO_PERSON] if nameless else [Skeleton.from_category(c) for c in categories.values()]
     if len({s.sigmas for s in skeletons}) > 1: raise DataError(f"{name}: categories {list(categories)} have different joints; score one at a time with category_id=...")
     return _own_sigmas(skeletons[0], name)
@@ -200,18 +200,18 @@ def _results_from_list(entries, name):
     return KeypointResults(image_ids, category_ids, scores, keypoints, boxes, name)
 
 # %% ../nbs/30_coco_eval.ipynb #68d6751b
-def _results_from_arrays(arrays, name="results"):
+def _results_from_arrays(arrays):
     "KeypointResults from a dict of arrays. Raises: DataError naming the array."
     shape = np.shape(arrays.get("keypoints"))
-    if len(shape) != 3 or shape[2] != 3: raise DataError(f"{name}: array 'keypoints' must be there with shape (N, K, 3), not {shape}")
+    if len(shape) != 3 or shape[2] != 3: raise DataError(f"results: array 'keypoints' must be there with shape (N, K, 3), not {shape}")
     arrays = {"category_ids": np.ones(shape[0], np.int64)} | arrays
     columns = {f: np.asarray(arrays.get(f)) for f in ("image_ids", "category_ids", "scores", "keypoints")}
     for field, array in columns.items():
         good = array.dtype.kind in ("iu" if "ids" in field else "iuf") or not array.size
         if array.shape != (shape if field == "keypoints" else shape[:1]) or not good or not np.isfinite(array).all():
-            raise DataError(f"{name}: array {field!r} must be there with {shape[0]} {'whole' if 'ids' in field else 'finite'} numbers or rows of them")
+            raise DataError(f"results: array {field!r} must be there with {shape[0]} {'whole' if 'ids' in field else 'finite'} numbers or rows of them")
         columns[field] = array.astype(np.int64 if "ids" in field else np.float64)
-    return KeypointResults(**columns, name=name)
+    return KeypointResults(**columns)
 
 # %% ../nbs/30_coco_eval.ipynb #7bd39029
 def load_results(
@@ -316,7 +316,6 @@ def pair_oks(
     poses:np.ndarray,     # (D, K, 2) or (D, K, 3) detections x, y[, v], pixels
     detection:np.ndarray, # (M,) detection of each pair
     person:np.ndarray,    # (M,) person of each pair
-    block:int=2048,       # pairs at a time
 )->np.ndarray: # (M,) in [0, 1]
     "Object keypoint similarity of pairs (paper, *COCO keypoint detection challenge*)."
     count = (truth.keypoints[:, :, 2] > 0).sum(1).astype(np.min_scalar_type(len(truth.sigmas)))
@@ -327,8 +326,8 @@ def pair_oks(
         row[group] = np.arange(len(group))
         distance = _joint_distance(poses, truth.keypoints[group], variances, int(n)) if n else _box_distance(poses, truth.boxes[group], variances)
         pairs = order[slice(*np.searchsorted(count[person[order]], [n, int(n) + 1]))]
-        for i in range(0, len(pairs), block):
-            p = pairs[i:i + block]
+        for i in range(0, len(pairs), 2048):
+            p = pairs[i:i + 2048]
             e = distance(detection[p], row[person[p]]) / size[person[p], None] / 2
             similarity[p] = np.exp(-e).sum(1) / e.shape[1]
     return similarity
@@ -574,7 +573,7 @@ def _random_file(rng, images, image, size, joints, visibility, crowds):
     columns = dict(image_id=image + 1, keypoints=labelled.astype(int).reshape(P, 3*K), num_keypoints=(visibility > 0).sum(1), area=size.prod(1) * .5,
                    bbox=np.concatenate([joints.min(1), size], 1), iscrowd=(rng.random(P) < crowds).astype(int))
     rows = zip(*(c.tolist() for c in columns.values()))
-    category = COCO_PERSON.to_category() if K == 17 else dict(id=1, name="creature", keypoints=[f"joint_{k}" for k in range(K)], skeleton=[])
+    category = COCO_PERSON.to_category() if K == COCO_PERSON.num_keypoints else dict(id=1, name="creature", keypoints=[f"joint_{k}" for k in range(K)], skeleton=[])
     return dict(images=[dict(id=i + 1, width=640, height=480) for i in range(images)], categories=[category],
                 annotations=[dict(zip(columns, row), id=i + 1, category_id=1) for i, row in enumerate(rows)])
 
@@ -599,7 +598,7 @@ def random_coco(
     num_images:int=100,
     num_detections:int=25,  # an image
     seed:int=0,
-    num_keypoints:int=17,
+    num_keypoints:int=COCO_PERSON.num_keypoints,
     people:float=4.1,       # mean number in an annotated image
     annotated:float=.54,    # share of images with people
     ties:bool=False,        # many equal scores and equal OKS
@@ -617,10 +616,9 @@ def best_oks(
     threshold:float=.5,  # OKS from which a person is found
     sigmas=None,         # (K,) OKS sigmas
     images="all",        # as for `evaluate_keypoints`
-    category_id=None,    # as for `evaluate_keypoints`
 )->dict: # arrays (R,) over people who count: image_id, annotation_id, matched (bool), result (index, -1: none in this image), oks, score
     "For each person the result that found it, else the result closest to it."
-    truth, results = load_ground_truth(ground_truth, sigmas, category_id), load_results(results)
+    truth, results = load_ground_truth(ground_truth, sigmas), load_results(results)
     keep = choose_images(truth, images)
     index, rank, cells = _ranked(truth, results, keep)
     detection, person = pair_up(cells, truth.cells)

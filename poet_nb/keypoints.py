@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PERSON_KEYPOINTS', 'OKS_SIGMAS', 'DEFAULT_SIGMA', 'COCO_PERSON', 'visibility_mask', 'keypoint_centers',
            'keypoints_to_offsets', 'offsets_to_keypoints', 'decode_poses', 'encode_poses', 'pose_slots', 'oks',
-           'Skeleton', 'lone_sides', 'estimate_sigma', 'read_sigmas', 'skeleton_from_category', 'skeleton_to_category',
-           'save_categories', 'load_categories']
+           'Skeleton', 'joint_words', 'lone_sides', 'estimate_sigma', 'read_sigmas', 'skeleton_from_category',
+           'skeleton_to_category', 'save_categories', 'load_categories']
 
 # %% ../nbs/01_keypoints.ipynb #c0c22377
 import math, re
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor
-from .config import DataError, read_json, write_json
+from .config import ConfigError, DataError, read_json, write_json
 
 # %% ../nbs/01_keypoints.ipynb #ae443bd4
 def visibility_mask(
-    visibility:Tensor,        # (..., K) 0, 1 or 2
+    visibility:Tensor,        # (..., K) 0, 1 or 2; an array as well
     visible:str="labelled",   # "labelled" (v > 0) or "visible" (v == 2)
 )->Tensor: # (..., K) bool
-    "The joints that have a position to learn (paper: V)."
-    if visible not in ("labelled", "visible"): raise ValueError(f"visible must be 'labelled' or 'visible', not {visible!r}")
+    "The joints that have a position to learn (paper: V). Raises: ConfigError for another word."
+    if visible not in ("labelled", "visible"): raise ConfigError(f"visible must be 'labelled' or 'visible', not {visible!r}")
     return visibility > 0 if visible == "labelled" else visibility == 2
 
 def keypoint_centers(
@@ -118,12 +118,15 @@ class Skeleton:
         for a, b in self.flip_pairs: order[a], order[b] = b, a
         return tuple(order)
 
+# %% ../nbs/01_keypoints.ipynb #e4cb3bb9
+def joint_words(
+    name:str, # of a joint
+)->tuple[str, ...]: # in lower case
+    "The words of a joint's name: L_Eye, l-eye, LEye and eye.L have two."
+    return tuple(w.lower() for w in re.split(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name) if w)
+
 # %% ../nbs/01_keypoints.ipynb #0dd42662
 _SIDES = (("left", "right"), ("l", "r"))
-
-def _words(name):
-    "The words of a joint's name in lower case: L_Eye, l-eye, LEye and eye.L have two."
-    return tuple(w.lower() for w in re.split(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name) if w)
 
 def _right_names(words):
     "What the right twin of a left joint may be called: the side as a word of its own, else as a part of a word (leftear, FL, L1)."
@@ -133,7 +136,7 @@ def _right_names(words):
 
 def _flip_pairs(names):
     "Pairs (left, right) by name: the same words, and the other side in its place. A joint with two possible twins has none."
-    index, pairs = {_words(n): i for i, n in enumerate(names)}, []
+    index, pairs = {joint_words(n): i for i, n in enumerate(names)}, []
     for words, i in index.items():
         twins = next((found for forms in _right_names(words) if (found := {index[f] for f in forms if f in index})), set())
         if len(twins) == 1: pairs.append((i, *twins))
@@ -161,17 +164,17 @@ def lone_sides(
     "Joints whose names speak of a side, but that have no twin: a mirror would keep their labels."
     sided = re.compile(r"left.*|right.*|.*left|.*right|[lr]\d*|[fhbmrl][lr]\d*|[lr][fhbm]\d*")
     paired = {j for pair in skeleton.flip_pairs for j in pair}
-    return tuple(n for j, n in enumerate(skeleton.keypoints) if j not in paired and any(map(sided.fullmatch, _words(n))))
+    return tuple(n for j, n in enumerate(skeleton.keypoints) if j not in paired and any(map(sided.fullmatch, joint_words(n))))
 
 # %% ../nbs/01_keypoints.ipynb #29c8a286
-_KIN = dict(zip((_words(n)[-1] for n in PERSON_KEYPOINTS), OKS_SIGMAS)) | {k: .035 for k in ("neck", "root of tail", "tail root", "tail base")} \
+_KIN = dict(zip((joint_words(n)[-1] for n in PERSON_KEYPOINTS), OKS_SIGMAS)) | {k: .035 for k in ("neck", "root of tail", "tail root", "tail base")} \
      | {f"{end} paw": s for s, ends in ((.062, ("front", "f")), (.089, ("hind", "rear", "back", "b"))) for end in ends}
 
 def estimate_sigma(
     name:str, # of a joint
 )->float: # OKS sigma
     "The sigma of COCO's joint of that name or of AP-10K's, whatever the side; else 0.05."
-    words = (re.sub("^(left|right)|(left|right)$", "", w) for w in _words(name))
+    words = (re.sub("^(left|right)|(left|right)$", "", w) for w in joint_words(name))
     return _KIN.get(" ".join(w for w in words if w not in ("", "l", "r")), DEFAULT_SIGMA)
 
 # %% ../nbs/01_keypoints.ipynb #d54f0a02

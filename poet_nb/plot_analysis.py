@@ -103,10 +103,9 @@ def _draw_people(ax, image, centers, keypoints, true_centers):
 def symmetric_limit(
     errors:np.ndarray, # (M, 2) box diagonals
     share:float=.95,   # of the people that must fit in
-    step:float=.05,    # the limit is a multiple of this
-)->float: # axes go from -limit to limit
+)->float: # axes go from -limit to limit, a multiple of 0.05
     "A common range for both axes, around zero."
-    return max(1, int(np.ceil(np.quantile(np.abs(errors).max(1), share) / step - 1e-9))) * step
+    return max(1, int(np.ceil(np.quantile(np.abs(errors).max(1), share) / .05 - 1e-9))) * .05
 
 # %% ../nbs/42_plot_analysis.ipynb #de8bb251
 MARGIN = .2 # what a histogram and the gap before it take, in sides of the axis
@@ -192,12 +191,10 @@ def plot_centers(
 # %% ../nbs/42_plot_analysis.ipynb #ddca162f
 def violin_outline(
     values:np.ndarray, # (J,) in [0, 1]
-    smooth:float=.02,  # standard deviation of the kernel
-    points:int=200,    # of the outline
-)->tuple[np.ndarray, np.ndarray]: # (points,) places in [0, 1], (points,) density, of mean 1
-    "Density of values in [0, 1] by a Gaussian kernel that is reflected at both ends."
-    counts, edges = np.histogram(np.clip(values, 0, 1), points, (0, 1))
-    return (edges[:-1] + edges[1:]) / 2, gaussian_filter1d(counts * points / max(counts.sum(), 1), smooth * points, mode="reflect")
+)->tuple[np.ndarray, np.ndarray]: # (200,) places in [0, 1], (200,) density, of mean 1
+    "Density of values in [0, 1] by a Gaussian kernel of standard deviation 0.02 that is reflected at both ends."
+    counts, edges = np.histogram(np.clip(values, 0, 1), 200, (0, 1))
+    return (edges[:-1] + edges[1:]) / 2, gaussian_filter1d(counts * 200 / max(counts.sum(), 1), 4., mode="reflect")
 
 # %% ../nbs/42_plot_analysis.ipynb #f10dd9d0
 VISIBILITY_COLORS = (PALETTE[0], PALETTE[1]) # true visibility 0, 1

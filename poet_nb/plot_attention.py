@@ -111,7 +111,7 @@ def _title_that_fits(ax, *texts):
         title.set_fontsize(min(6.5, 6.4 * ax.bbox.width / title.get_window_extent().width))
         if title.get_fontsize() >= 5.5: break
 
-def _draw_encoder(fig, axes, image, seen, points, layer, smooth):
+def _draw_encoder(fig, axes, image, seen, points, layer):
     "Maps of the reference points around the image, lines from map to point."
     maps, sides = encoder_maps(seen, points, layer), dict(zip(("left", "right"), arrange_points(points)))
     show_image(image, axes["image"])
@@ -119,7 +119,7 @@ def _draw_encoder(fig, axes, image, seen, points, layer, smooth):
     for side, members in sides.items():
         for row, i in enumerate(members):
             ax, point = axes[side, row], [float(v) for v in points[i]]
-            draw_map(ax, image, maps[i], seen, smooth)
+            draw_map(ax, image, maps[i], seen)
             _title_that_fits(ax, f"point {i + 1}: max {times_uniform(maps[i]):.1f} × uniform", f"{i + 1}: max {times_uniform(maps[i]):.1f} ×")
             ax.set_label(f"encoder {i}")
             ax.plot(*point, "o", ms=3.2, color=REFERENCE_COLOR, mec="white", mew=.6, clip_on=False)
@@ -128,13 +128,13 @@ def _draw_encoder(fig, axes, image, seen, points, layer, smooth):
                      ha="center", va="center_baseline", zorder=9, bbox=dict(boxstyle="circle,pad=.25", fc=REFERENCE_COLOR, ec="white", lw=.6))
 
 # %% ../nbs/43_plot_attention.ipynb #59245e63
-def _draw_decoder(axes, image, seen, queries, layer, smooth, skeleton):
+def _draw_decoder(axes, image, seen, queries, layer, skeleton):
     "For each person the attention of its query, and the pose."
     points, state = joint_states(seen.people["keypoints"][queries], .5)
     for i, (query, weights) in enumerate(zip(queries, decoder_maps(seen, queries, layer))):
         ax, color = axes["person", i], person_color(i)
         score, most = f"{seen.people['scores'][query]:.2f}", f"max {times_uniform(weights):.1f} ×"
-        draw_map(ax, image, weights, seen, smooth)
+        draw_map(ax, image, weights, seen)
         _title_that_fits(ax, f"score {score}: {most} uniform", f"score {score}: {most}", f"{score}: {most}")
         ax.set_label(f"decoder {i}")
         draw_person(ax, points[i], state[i], skeleton.limbs, color, alpha=.4)
@@ -158,7 +158,6 @@ def plot_attention(
     queries:Tensor|Sequence, # (M,) predicted people; the first six are drawn
     skeleton:Skeleton=COCO_PERSON, # gives the limbs
     layers:tuple[int, int]=(-1, -1), # of encoder and decoder, from 0, or from the end
-    smooth:bool=False, # interpolate between cells
     width:float=TWO_COLUMNS, # of the figure, inches
 ): # the figure; its axes are labelled "image", "encoder 0" ..., "decoder 0" ...
     "Fig. 5: a) encoder self-attention of reference points, b) decoder attention of predicted people. Raises: PoetError."
@@ -169,8 +168,8 @@ def plot_attention(
     with paper_style(lines_linewidth=1.3, lines_markersize=2.4):
         fig = plt.figure(figsize=(width, height + .2), layout="none")
         axes = {name: _axes_at(fig, box) for name, box in boxes.items()}
-        _draw_encoder(fig, axes, image, seen, points, layers[0], smooth)
-        _draw_decoder(axes, image, seen, queries, layers[1], smooth, skeleton)
+        _draw_encoder(fig, axes, image, seen, points, layers[0])
+        _draw_decoder(axes, image, seen, queries, layers[1], skeleton)
         x, _, w, _ = boxes["image"]
         _draw_scale(fig, (x + .1, height + .07, .3 * w, .07))
         for letter, x, name, weights, layer in (("a", EDGE, "encoder self-attention", seen.encoder, layers[0]), ("b", boxes["person", 0][0], "decoder attention", seen.decoder, layers[1])):
@@ -394,7 +393,7 @@ def _draw_pairs(ax, image, seen, annotated, chosen, skeleton):
     ax.set_label("pairs")
 
 # %% ../nbs/43_plot_attention.ipynb #a683001c
-def _headings(seen, vector, cost, chosen):
+def _headings(vector, cost, chosen):
     "What stands above the three rows of Fig. 2."
     K, total = len(vector) // 3, sum(float(cost[i, q]) for i, q in enumerate(chosen.tolist()) if q >= 0)
     return ("a) from an image to a set of poses; below each part the tensor that leaves it, batch left out",
@@ -428,5 +427,5 @@ def plot_overview(
         _draw_pairs(at((side - small * aspect) / 2, third + 5, small * aspect, small), image, seen, annotated, chosen, skeleton)
         colors = _draw_costs(at(left + 6, third + 5, total - left - 6.5, matrix), cost, chosen, columns_to_show(cost, chosen))
         _draw_key(at(left + 51, third + matrix + 14.5, .45 * (total - left), 1.8), colors, cost_name)
-        for y, text in zip((0, second, third), _headings(seen, vector, cost, chosen)): fig.text(0, 1 - (y + .4) * MM / fig.get_size_inches()[1], text, va="top", fontsize=7.5)
+        for y, text in zip((0, second, third), _headings(vector, cost, chosen)): fig.text(0, 1 - (y + .4) * MM / fig.get_size_inches()[1], text, va="top", fontsize=7.5)
     return fig

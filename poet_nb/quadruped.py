@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from .config import DataError, write_atomic
 from .keypoints import Skeleton
-from .synth import (MIN_AREA, Canvas, SynthConfig, annotate, blank_canvas, count_people, extent, file_name, finish, hull, limb, move, overlap, paint, paint_background,
-                           paint_occluder, paint_pattern, place, random_camera, read_record, rotation, scene_seed, tint)
+from .synth import (MIN_AREA, Canvas, SynthConfig, annotate, blank_canvas, count_people, file_name, find_place, finish, hull, limb, paint, paint_background,
+                           paint_occluder, paint_pattern, place, random_camera, read_record, rotation, scene_seed, tint, write_jpeg)
 
 # %% ../nbs/03a_quadruped.ipynb #b336cec4
 def quadruped_category()->dict:
@@ -300,14 +300,9 @@ def place_animals(
     camera, animals, boxes = random_camera(rng, size), [], []
     for _ in range(count_people(config, rng)):
         height = size * math.exp(rng.uniform(math.log(config.min_height), math.log(config.max_height)))
-        animal, best = random_quadruped(rng, height, camera.pitch), (9., None)
+        animal = random_quadruped(rng, height, camera.pitch)
         floor = min(max(camera.horizon + camera.eye * height / .55 + rng.gauss(0, .03) * size, .9 * height), 1.1 * size)
-        for _ in range(8):
-            there = move(animal, rng.uniform(.15, .85) * size, floor)
-            worst = max((overlap(extent(there), b) for b in boxes), default=0.)
-            if worst < best[0]: best = (worst, there)
-            if worst <= config.occlusion: break
-        animals.append(best[1]); boxes.append(extent(best[1]))
+        animals.append(find_place(animal, lambda: rng.uniform(.15, .85) * size, floor, boxes, config.occlusion))
     return camera.horizon, sorted(animals, key=lambda a: a.height)
 
 # %% ../nbs/03a_quadruped.ipynb #39dfdcb0
@@ -363,8 +358,7 @@ def make_quadrupeds(
     people = []
     for i in range(n):
         image, annotations = render_quadrupeds(config, scene_seed(split, seed, i))
-        jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality])[1]
-        (images / file_name(i)).write_bytes(jpeg.tobytes())
+        write_jpeg(images / file_name(i), image, config.quality)
         people += [a | dict(id=len(people) + k, image_id=i + 1) for k, a in enumerate(annotations, 1)]
     entries = [dict(id=i + 1, file_name=file_name(i), width=config.size, height=config.size) for i in range(n)]
     write_atomic(path, json.dumps(dict(info=dict(description="Synthetic quadrupeds", quadruped=record), images=entries, annotations=people, categories=[quadruped_category()]), separators=(",", ":")))

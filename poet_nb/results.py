@@ -181,8 +181,8 @@ class ResultsWriter:
     def __init__(self, folder:str|os.PathLike, categories:list[dict], table:bool=False):
         self.folder, self.categories, self.num_images, self.num_people, self.done = Path(folder), categories, 0, 0, False # done: the files are there
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.parts = {k: open(self.folder / f"predictions.{k}.part", "w", encoding="utf-8") for k in ("images", "annotations")}
-        self.table = open(self.folder / "predictions.csv.part", "w", encoding="utf-8", errors="backslashreplace", newline="") if table else None
+        self.parts = {k: open(self.folder / f".predictions.{k}.{os.getpid()}.part", "w", encoding="utf-8") for k in ("images", "annotations")}
+        self.table = open(self.folder / f".predictions.csv.{os.getpid()}.part", "w", encoding="utf-8", errors="backslashreplace", newline="") if table else None
         if table: csv.writer(self.table).writerow(columns(categories))
 
     def add(self, name:str, size:tuple, prediction:dict, **more):
@@ -214,7 +214,7 @@ def join_parts(
     categories:list[dict], # of the COCO file
 )->None:
     "One COCO file out of its lists, without reading them into memory."
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as file:
         for i, (name, source) in enumerate(parts.items()):
             file.write(f'{"," if i else "{"}\n"{name}": [\n')

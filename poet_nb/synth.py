@@ -11,12 +11,13 @@ __all__ = ['LEGS', 'ARMS', 'CIRCLE', 'FIX', 'PARTS', 'SKINS', 'HAIRS', 'THICK', 
            'paint_head', 'paint_core', 'paint_shirt', 'paint_person', 'on_near_side', 'keypoints_of', 'noise_tile',
            'texture', 'random_color', 'gradient', 'box', 'paint_room', 'paint_street', 'paint_field', 'paint_planks',
            'paint_thing', 'paint_background', 'paint_occluder', 'count_people', 'Camera', 'random_camera', 'extent',
-           'overlap', 'place_people', 'paint_shadow', 'paint_far', 'finish', 'annotate', 'collect', 'render_scene',
-           'scene_seed', 'file_name', 'make_images', 'serve', 'ask', 'run_jobs', 'check_request', 'read_record',
-           'begin', 'join', 'make_synth']
+           'overlap', 'find_place', 'place_people', 'paint_shadow', 'paint_far', 'finish', 'annotate', 'collect',
+           'render_scene', 'scene_seed', 'file_name', 'write_jpeg', 'make_images', 'serve', 'ask', 'run_jobs',
+           'check_request', 'read_record', 'begin', 'join', 'make_synth']
 
 # %% ../nbs/03_synth.ipynb #e728fd09
 import colorsys, contextlib, functools, itertools, json, math, os, queue, random, re, shutil, signal, subprocess, sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -903,6 +904,24 @@ def overlap(
     if w <= 0 or h <= 0: return 0.
     return w * h / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
+# %% ../nbs/03_synth.ipynb #d60042ef
+def find_place(
+    person:Person, # or whatever else has joints and a height, at x = 0, y = 0
+    draw:Callable, # no arguments -> x of a place, pixels
+    floor:float,   # y of the place, pixels
+    boxes:list,    # of those who stand already; the new one's is added
+    limit:float,   # how much two boxes may overlap, 0..1
+)->Person: # there
+    "Try up to eight places."
+    best = (9., None)
+    for _ in range(8):
+        there = move(person, draw(), floor)
+        worst = max((overlap(extent(there), b) for b in boxes), default=0.)
+        if worst < best[0]: best = (worst, there)
+        if worst <= limit: break
+    boxes.append(extent(best[1]))
+    return best[1]
+
 # %% ../nbs/03_synth.ipynb #04d6e667
 def place_people(
     config:SynthConfig, # settings
@@ -920,13 +939,8 @@ def place_people(
         floor = camera.horizon + camera.eye * height / stature + rng.gauss(0, 0.03) * size
         top, bottom = extent(person)[1::2]
         floor = min(max(floor, 0.45 * height), size - top - 0.4 * (bottom - top)) # at least 0.4 of the body in the image
-        limit, best = config.occlusion * rng.uniform(0, 1.2), (9., None)
-        for _ in range(8):
-            there = move(person, rng.uniform(0.02, 0.98) * size, floor)
-            worst = max((overlap(extent(there), b) for b in boxes), default=0.)
-            if worst < best[0]: best = (worst, there)
-            if worst <= limit: break
-        people.append((height / stature, best[1])); boxes.append(extent(best[1]))
+        limit = config.occlusion * rng.uniform(0, 1.2)
+        people.append((height / stature, find_place(person, lambda: rng.uniform(0.02, 0.98) * size, floor, boxes, limit)))
     return sorted(people, key=lambda x: x[0])
 
 # %% ../nbs/03_synth.ipynb #cd99449c
@@ -1060,6 +1074,18 @@ def file_name(
     "File of an image: its id with twelve digits."
     return f"{index + 1:012d}.jpg"
 
+# %% ../nbs/03_synth.ipynb #4cd2d032
+def write_jpeg(
+    path:Path,        # file
+    image:np.ndarray, # (H, W, 3) uint8 RGB
+    quality:int,      # 1 to 100
+)->None:
+    "Write an image, in one step."
+    jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(jpeg.tobytes())
+    replace_file(part, path)
+
 # %% ../nbs/03_synth.ipynb #5f5ab670
 def make_images(
     images:Path,         # folder of the split
@@ -1073,10 +1099,7 @@ def make_images(
     out = []
     for i in indices:
         image, annotations = render_scene(config, scene_seed(split, seed, i))
-        jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality])[1]
-        part = images / f"{file_name(i)}.{os.getpid()}.part"
-        part.write_bytes(jpeg.tobytes())
-        replace_file(part, images / file_name(i))
+        write_jpeg(images / file_name(i), image, config.quality)
         out.append(annotations)
     if record: write_atomic(record, json.dumps(out))
     return len(indices)

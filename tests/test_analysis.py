@@ -268,8 +268,15 @@ def test_images_are_ranked_by_what_is_right_missed_and_false():
     assert list(rank_images(truth, results, [2, 3])[0].index) == [2, 3]
 
 
+def test_images_are_ranked_beside_annotations_that_have_no_joints():
+    ball = dict(id=2, image_id=1, category_id=2, bbox=[0, 0, 9, 9], area=81., iscrowd=0)
+    truth = dict(images=[dict(id=1, width=200, height=60)], annotations=[kite(1, 1, 30, 30), ball], categories=[KITE | dict(sigmas=list(SIGMAS)), dict(id=2, name="ball")])
+    table = rank_images(truth, [dict(image_id=1, category_id=1, keypoints=kite(0, 1, 30, 30)["keypoints"], score=.9)], [1])[0]
+    assert table["quality"].to_dict() == {1: 1} and table["clear"].to_dict() == {1: True}
+
+
 def test_each_panel_of_figure_1_has_its_own_scale():
     fig = plot_stride({"AE": {4: .5}}, {"POET": {16: [.1, .12]}}, {"64 px": {4: .9, 8: .1}, "128 px": {4: 1., 8: .8}})
-    assert [round(ax.get_ylim()[1], 2) for ax in fig.axes] == [.56, .13, 1.12]
+    assert [round(ax.get_ylim()[1], 2) for ax in fig.axes] == [.56, .13, 1.45]
     assert [line.get_label() for line in fig.axes[2].lines] == ["64 px", "128 px"]
     assert len(plot_stride({"AE": {4: .5}}, {}).axes) == 2

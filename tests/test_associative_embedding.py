@@ -292,6 +292,22 @@ def test_train_stop_resume_and_eval_as_for_poet(scenes, tmp_path, capsys, monkey
     assert main(["predict", str(image), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--threshold", "0"]) == 0
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_network_is_asked_once_for_losses_and_people(flip):
+    torch.manual_seed(0)
+    config = override(TINY, **{"ae.flip_test": flip})
+    model, asked = AssociativeEmbedding(config).eval(), []
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=.3)
+    batch = pad_images([torch.randn(3, 64, 48), torch.randn(3, 64, 64)])
+    targets = [target_of(pose, [[2] * K] * len(pose)) | dict(size=torch.tensor(size), orig_size=torch.tensor(size)) for pose, size in ((torch.rand(1, K, 2).tolist(), (64, 48)), (torch.rand(2, K, 2).tolist(), (64, 64)))]
+    losses, people = AELoss(model, config)(batch, targets, None, 4), model.people(batch, torch.tensor([[64, 48], [64, 64]]))
+    model.backbone.register_forward_hook(lambda *_: asked.append(1))
+    got, found = AEMethod.judge(model, config)(batch, targets, 3, 4)
+    assert len(asked) == 1 + flip and all(len(p["scores"]) for p in found)
+    assert got.keys() == losses.keys() and all(torch.equal(got[k], losses[k]) for k in losses)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(found, people) for k in ("scores", "labels", "keypoints"))
+
+
 def test_weights_of_the_other_method_are_refused(scenes, tmp_path):
     save_weights(build_poet(override(preset("poet_tiny"), **{"train.init": "none"})), tmp_path / "poet.safetensors")
     with pytest.raises(CheckpointError): load_weights(AssociativeEmbedding(TINY), tmp_path / "poet.safetensors")

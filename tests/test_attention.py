@@ -118,6 +118,7 @@ def test_joints_by_name_by_index_and_by_what_they_are_called():
     assert joint_indices(FISH) == [0, 1] and joint_indices(FISH, ["tail", 0]) == [3, 0]
     assert joint_indices(COCO_PERSON) == [0, 1, 2, 3, 4]
     assert joint_indices(Skeleton("rod", ("heart", "near", "forearm"), (), (), (.1,) * 3)) == []   # "ear" in it, and no ear
+    assert joint_indices(Skeleton("hare", ("leftEar", "LEye", "nose.tip", "tail"), (), (), (.1,) * 4)) == [0, 1, 2]
     for bad in (["beard"], [4], [-1]):
         with pytest.raises(PoetError, match="no joint"): joint_indices(FISH, bad)
 

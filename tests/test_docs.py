@@ -43,7 +43,8 @@ It is **seven**, $7 = 3 + 4$.
 def probe() -> nbformat.NotebookNode:
     "A notebook with everything that pages have to cope with."
     cells = [new_markdown_cell("# A probe\n> One line."), new_code_cell("#| default_exp probe"), new_code_cell("#| hide\nsecret = 1"), new_markdown_cell(PROBE),
-             new_code_cell("#| export\nOne, Two = 1, 2\ndef Twice(x): return 2 * x"), new_code_cell("#| slow\nprint('<b>')"), new_code_cell("#| echo: false\nunseen = 1")]
+             new_code_cell("#| export\nOne, Two = 1, 2\ndef Twice(x): return 2 * x"), new_code_cell("#| slow\nprint('<b>')"), new_code_cell("#| echo: false\nunseen = 1"),
+             new_code_cell("#| export\nclass Four: pass\ndef _five(self): return 5"), new_code_cell("#| exporti\ndef six(self): return 6\nFour.five, Four._six = _five, six")]
     cells[5].outputs = [new_output("stream", text="\x1b[31m<b>& done\x1b[0m\n"), new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure>"}),
                         new_output("display_data", {"text/html": "<table><tr><td>cell</td></tr></table>", "text/plain": "cell"}),
                         new_output("display_data", {"text/markdown": "see [settings](00_config.ipynb)", "text/plain": "m"})]
@@ -59,7 +60,8 @@ def small(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, root / name)
     (root / "figures/a.png").write_bytes(b"a picture")
     (root / "CONTRIBUTING.md").write_text("# Contributing\n\n## Setting up\n\n```sh\nmake\n```\n")
-    (root / "poet_nb/probe.py").write_text('"""One line."""\n__all__ = ["One", "Two", "Twice"]\nOne, Two = 1, 2\ndef Twice(x): return 2 * x\n')
+    (root / "poet_nb/probe.py").write_text('"""One line."""\n__all__ = ["One", "Two", "Twice", "Four"]\nOne, Two = 1, 2\ndef Twice(x): return 2 * x\n'
+                                           'class Four: pass\ndef _five(self): return 5\ndef six(self): return 6\nFour.five, Four._six = _five, six\n')
     notebooks.write(probe(), root / "nbs/01_probe.ipynb")
     nbformat.write(new_notebook(cells=[new_markdown_cell("# Home\n\n[the probe](01_probe.ipynb)")]), root / "nbs/index.ipynb")
     docs.build(root, root / "_docs")
@@ -86,8 +88,9 @@ def test_links_of_a_small_site(small):
 
 def test_page_of_a_notebook(small):
     shown = main(small / "probe.html")
-    for link in ("config.html#presets", "index.html", "contributing.html", "https://github.com/poet-nb/poet_nb/blob/main/data/README.md", "figures/a.png", "api/probe.html#Twice"):
+    for link in ("config.html#presets", "index.html", "contributing.html", "https://github.com/poet-nb/poet_nb/blob/main/data/README.md", "figures/a.png", "api/probe.html#Twice", "api/probe.html#Four.five"):
         assert f'"{link}"' in shown, link
+    assert "#six" not in shown and "#Four._six" not in shown
     assert "secret" not in shown and "unseen" not in shown and "#|" not in shown and "default_exp" not in shown
     assert "&lt;b&gt;&amp; done\n" in shown and "\x1b" not in shown and "<td>cell</td>" in shown
     assert shown.count("<math ") == 4 and shown.count('display="block"') == 1 and "<code>$HOME</code>" in shown
@@ -115,10 +118,17 @@ def test_reference_has_parameters_and_links(small):
     assert 'id="PackedTargets"' in text(small / "matcher.html") and 'id="packedtargets"' in text(small / "matcher.html") # nbdev's own links
 
 
+def test_methods_that_are_put_into_a_class_stand_below_it():
+    below = lambda name, outer: reference.owned(reference.Module(name, (ROOT / f"poet_nb/{name}.py").read_text()).found, outer)
+    assert {"CocoKeypoints.load", "CocoKeypoints.image_path", "CocoKeypoints.bad_images"} <= {*below("coco", "CocoKeypoints")}
+    assert {"Skeleton.num_keypoints", "Skeleton.from_category", "Skeleton.to_category"} <= {*below("keypoints", "Skeleton")}
+    assert "AssociativeEmbedding.people" in below("associative_embedding", "AssociativeEmbedding") and "Lab.raw" in below("explore", "Lab")
+
+
 def test_search_knows_pages_sections_and_names(small):
     entries = json.loads((small / "search/search_index.json").read_text())["docs"]
     where = {e["location"]: e for e in entries}
-    assert {"api/matcher.html#pack_targets", "api/probe.html#Two", "api/probe.html#Twice"} <= where.keys() and "contributing.html#setting-up" in where and "probe.html" in where
+    assert {"api/matcher.html#pack_targets", "api/probe.html#Two", "api/probe.html#Twice", "api/probe.html#Four.five"} <= where.keys() and "contributing.html#setting-up" in where and "probe.html" in where
     assert "seven" in where["probe.html#how-it-works"]["text"]
 
 

@@ -1,4 +1,5 @@
 """The explorers without a browser: faults in words, odd images, other skeletons, and how quickly pages are drawn."""
+import asyncio
 import io
 import json
 import shutil
@@ -16,8 +17,10 @@ from PIL import Image
 from poet_nb.config import override, preset
 from poet_nb.explore import (WIDTH, AttentionExplorer, Board, Lab, MatchingExplorer, PredictionExplorer, TrainingExplorer, attention_board, curves,
                              layer_people, matching_board, nobody, open_lab, pair_columns, people_with_joints, prediction_board, readable)
+from poet_nb.keypoints import COCO_PERSON, save_categories
 from poet_nb.plot import read_metrics
 from poet_nb.poet import build_poet, save_weights
+from poet_nb.quadruped import QUADRUPED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "data/runs/tiny"
@@ -177,6 +180,18 @@ def test_other_skeletons(joints, tmp_path):
         assert explorer.picture.data and "should not happen" not in explorer.message.value
 
 
+def test_a_model_that_knows_its_skeleton_is_shown_with_it(tmp_path):
+    config = override(preset("poet_tiny"), **{"model.num_keypoints": 20})
+    model = build_poet(config)
+    model.categories = [QUADRUPED.to_category()]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    save_weights(model, tmp_path / "model.safetensors")
+    save_categories(model.categories, tmp_path / "skeleton.json")
+    lab = open_lab(tmp_path, tmp_path / "none")
+    assert lab.skeleton == QUADRUPED and lab.skeleton.limbs and lab.data is None
+    assert Lab(None).skeleton == Lab(build_poet("poet_tiny")).skeleton == COCO_PERSON and Lab(None, joints=4).skeleton.num_keypoints == 4
+
+
 def test_joints_of_model_and_data_differ(made, tmp_path):
     from conftest import person
     folder, annotations = made([person()])
@@ -239,6 +254,19 @@ def test_a_run_is_followed_epoch_by_epoch_and_anew(lab, tmp_path):
     grow(tmp_path, lines, 1, lab.model); explorer.look()                          # the folder was begun anew
     assert [v for _, v in explorer.epoch.options] == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"] # nothing is written there
+
+
+def test_a_run_is_followed_by_the_last_of_its_explorers(lab, tmp_path):
+    shutil.copy(RUN / "config.json", tmp_path)
+    async def twice():
+        looks = []
+        for i in range(2):
+            explorer = TrainingExplorer(lab, tmp_path / "." if i else tmp_path, seconds=.01)
+            explorer.look = lambda i=i: looks.append(i)
+        TrainingExplorer(lab, tmp_path / "another", seconds=.01).look = lambda: looks.append("another")
+        await asyncio.sleep(.3)
+        return looks
+    assert {*asyncio.run(twice())} == {1, "another"}
 
 
 def test_a_run_without_weights_is_waited_for(lab, tmp_path):

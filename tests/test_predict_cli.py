@@ -325,7 +325,7 @@ def test_a_real_ctrl_c_in_another_process(tmp_path, run):
     command = [sys.executable, "-m", "poet_nb.cli", "predict", "a.mp4", "--run", str(run), "--threshold", "0"]
     work = subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        part = tmp_path / "predictions/predictions.images.part"
+        part = tmp_path / f"predictions/.predictions.images.{work.pid}.part"
         while work.poll() is None and not (part.exists() and part.stat().st_size > 10_000): __import__("time").sleep(.05)
         work.send_signal(signal.SIGINT)
         out, err = work.communicate(timeout=60)
@@ -405,6 +405,18 @@ def test_a_writer_keeps_what_was_written_when_the_disk_is_not_full_but_the_work_
         for _ in range(4): out.add("a, \"b\".png", (48, 64), found[0])
         1 / 0
     assert same_numbers(tmp_path)[0]["images"][3]["file_name"] == "a, \"b\".png" and len(content(tmp_path)["annotations"]) == 100
+
+
+def test_two_processes_write_into_one_folder(tmp_path, found, monkeypatch):
+    with ResultsWriter(tmp_path, found.categories, table=True) as one:
+        one.add("a.png", (48, 64), found[0])
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: -1)
+            with ResultsWriter(tmp_path, found.categories, table=True) as two:
+                for _ in range(2): two.add("b.png", (48, 64), found[0])
+        assert [i["file_name"] for i in same_numbers(tmp_path)[0]["images"]] == ["b.png"] * 2
+        one.add("a.png", (48, 64), found[0])
+    assert [i["file_name"] for i in same_numbers(tmp_path)[0]["images"]] == ["a.png"] * 2 and sorted(os.listdir(tmp_path)) == ["predictions.csv", "predictions.json"]
 
 
 def test_earlier_results_stay_until_there_are_new_ones(poet):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from poet_nb.coco import open_coco, open_split
 from poet_nb.coco_eval import evaluate_keypoints, load_ground_truth
-from poet_nb.config import load_config
-from poet_nb.keypoints import COCO_PERSON, Skeleton, _flip_pairs, lone_sides
+from poet_nb.config import ConfigError, load_config
+from poet_nb.keypoints import COCO_PERSON, Skeleton, _flip_pairs, lone_sides, visibility_mask
 from poet_nb.poet import Poet, build_poet
 from poet_nb.predict import categories_of
 from poet_nb.transforms import RandomFlip
@@ -216,6 +216,11 @@ def test_sides_that_are_alone():
     lone = lambda *names: lone_sides(Skeleton("x", names, (), _flip_pairs(names), (.1,) * len(names)))
     assert lone("left_eye", "rightear", "eyeleft", "FL_paw", "R2", "ear_l") == ("left_eye", "rightear", "eyeleft", "FL_paw", "R2", "ear_l")
     assert lone("nose", "rear", "lip", "tail", "leftEye", "rightEye", "frontal", "collar") == ()
+
+
+def test_joints_that_count_in_tensors_and_arrays():
+    assert visibility_mask(np.array([0, 1, 2])).tolist() == [False, True, True] and visibility_mask(torch.tensor([0, 1, 2]), "visible").tolist() == [False, False, True]
+    with pytest.raises(ConfigError, match="'annotated'"): visibility_mask(torch.tensor([2]), "annotated")
 
 
 def test_what_set_says_is_meant(poet, tmp_path):

@@ -108,20 +108,23 @@ def assigned(node: ast.AST) -> list[str]:
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
-def defined(source: str) -> list[str]:
-    "Public names that an exported cell defines; a method that is patched into a class as Class.method."
-    names = []
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(patched(node) or node.name)
+def methods(tree: ast.Module) -> dict[str, str]:
+    "Class.method -> the function that becomes it, of lines such as `Lab.raw, Lab.show = raw, show` and `Skeleton.from_category = classmethod(f)`."
+    found, several = {}, lambda node: getattr(node, "elts", [node])
+    for node in (n for n in tree.body if isinstance(n, ast.Assign)):
+        for target, value in zip(several(node.targets[0]), several(node.value)):
+            value = value.args[0] if isinstance(value, ast.Call) and len(value.args) == 1 else value
+            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and isinstance(value, ast.Name): found[ast.unparse(target)] = value.id
+    return found
+
+
+def defined(source: str, exported: bool = True) -> list[str]:
+    "Public names that a cell defines; a method that is put into a class as Class.method, also where the cell's own names stay private."
+    tree, names = ast.parse(source), []
+    for node in tree.body if exported else []:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
         names += assigned(node)
-    return [n for n in names if not n.split(".")[-1].startswith("_")]
-
-
-def patched(node: ast.AST) -> str | None:
-    "Class.method for a function under @patch, else None."
-    if not isinstance(node, ast.FunctionDef) or not any("patch" in ast.unparse(d) for d in node.decorator_list): return None
-    first = node.args.args[0].annotation if node.args.args else None
-    return f"{ast.unparse(first)}.{node.name}" if first is not None else None
+    return [n for n in (*names, *methods(tree)) if not any(part.startswith("_") for part in n.split("."))]
 
 
 def output(site: Site, data: dict, name: str) -> str:
@@ -142,7 +145,7 @@ def code(site: Site, cell: dict, module: str, stem: str) -> str:
     found = notebooks.directives(cell.source)
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     parts = []
-    if "export" in found and (names := defined(source)):
+    if {"export", "exporti"} & found.keys() and (names := defined(source, "export" in found)):
         parts.append('<p class="names">' + ", ".join(f'<a id="{n}" href="api/{module}.html#{n}"><span id="{n.lower()}"></span><code>{n}</code></a>' for n in names) + "</p>")
     if source and found.get("echo", "").lower() != "false": parts.append(colour(source))
     for i, out in enumerate(cell.outputs):

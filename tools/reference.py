@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
-from pages import Site, assigned, colour, patched, write
+from pages import Site, assigned, colour, methods, write
 
 WIDTH = 110 # characters of a signature before it goes one parameter a line
 SHOWN = 12  # lines of a constant
@@ -117,7 +117,7 @@ def entry(site: Site, module: Module, name: str, level: int = 2) -> Iterator[str
     "All about one name."
     node = module.found[name]
     yield f"{'#' * level} `{name}` {{#{name}}}"
-    section = "" if "." in name and not patched(node) else f' · <a href="../{module.name}.html#{name}">in the notebook</a>'
+    section = f' · <a href="../{module.name}.html#{name}">in the notebook</a>' if node in module.tree.body else ""
     yield f'<p class="links"><a href="{site.github(f"poet_nb/{module.name}.py", node.lineno)}">source</a>{section}</p>'
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield colour(signature(node, name.split(".")[-1]))
@@ -132,11 +132,11 @@ def definitions(tree: ast.Module) -> dict[str, ast.AST]:
     "Name -> where the module defines it; methods as Class.method."
     found: dict[str, ast.AST] = {}
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[patched(node) or node.name] = node
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[node.name] = node
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{n.name}": n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
         found |= dict.fromkeys(assigned(node), node)
-    return found
+    return found | {name: found[function] for name, function in methods(tree).items() if isinstance(found.get(function), ast.FunctionDef)}
 
 
 def owned(found: dict[str, ast.AST], name: str) -> list[str]:
