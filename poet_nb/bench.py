@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Config, ConfigError, override, preset, write_json
+from .config import Config, ConfigError, override, write_json
 from .coco import annotation_file
 from .plot import PALETTE, TWO_COLUMNS, paper_style
 from .synth import SynthConfig, make_synth

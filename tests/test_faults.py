@@ -580,7 +580,7 @@ def of_size(draw, d):
 def of_count(draw, d):
     "A wrong number of joints."
     record, K = draw(st.sampled_from(d["annotations"])), len(d["categories"][0]["keypoints"])
-    record["keypoints"] = [1] * draw(st.integers(0, 60).filter(lambda n: n != 3 * K))
+    record["keypoints"] = [1] * draw(st.integers(record["iscrowd"], 60).filter(lambda n: n != 3 * K)) # a crowd need not have joints
     return "annotation", record["id"], "keypoints"
 
 
