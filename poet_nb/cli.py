@@ -43,7 +43,7 @@ from .weights import find_weights, is_hub_id, layout, official_poet, read_option
 from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
 from .distributed import is_main, kept_quiet, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
+from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, flip_order, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
                             slow_on_gpu, weights_of)
@@ -490,7 +490,7 @@ def score_run(
     if (told or known == COCO_PERSON.keypoints) and known != data.skeleton.keypoints:
         raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known)}); --data names another dataset" +
                         ("" if told else ". The run has no skeleton.json, so its 17 joints count as COCO's person's; if they are those of the data, copy skeleton.json from where it was trained"))
-    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet)[2]
+    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet, flip_test=args.flip_test)[2]
     return data, results
 
 # %% ../nbs/33_cli.ipynb #f856464c
@@ -520,7 +520,7 @@ def write_submission(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise ConfigError(f"--name {name}: letters, digits, '-', '_' and '.' only: it becomes part of a file's name")
     if folder.suffix in (".zip", ".json"): raise ConfigError(f"--out {folder}: the server wants a certain name; give a folder here, and --name for your part of the name")
     images, results, stem, device = unlabelled_images(Path(config.data.root), split), [], f"person_keypoints_{split}_{name}_results", next(model.parameters()).device
-    options = PredictOptions(0., min(config.train.batch_size, 32), None, autocast_dtype(config.train.amp, device), config.data, args.layer)
+    options = PredictOptions(0., min(config.train.batch_size, 32), None, autocast_dtype(config.train.amp, device), config.data, args.layer, args.flip_test)
     folder.mkdir(parents=True, exist_ok=True)
     with explain_memory(memory_remedy(config, training=False)), tqdm(total=len(images), unit="img", desc=split, disable=args.quiet) as bar:
         for number, (*_, found) in zip(images, stream_predictions(model, images.values(), options)):
@@ -603,6 +603,7 @@ def read_results(
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS, _DATA,
          option("--split", metavar="NAME", help="split to score (default: data.val of the run); test-dev: make the zip for COCO's server"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
+         option("--flip-test", action="store_true", help="predict each image's mirror image too, and average the poses (notebook 32); not for associative embedding, which has its own"),
          option("--images", choices=["all", "annotated"], default="all", help="annotated: only images with people (default: all)"),
          option("--engine", choices=["numpy", "pycocotools"], default="numpy", help="the same numbers (default: numpy)"),
          option("--joints", type=share, nargs="?", const=0., metavar="SCORE", help="also the error of each joint in pixels, and how many are missed; predictions with a score below SCORE left out (default: none)"),
@@ -617,8 +618,8 @@ def run_eval(
 )->int: # exit code
     "`poet eval`: print how many images were scored, and the ten numbers."
     if bool(args.results) != bool(args.annotations): raise ConfigError("--results and --annotations: give both, or a run with --run")
-    of_a_run = [name for name in "run weights data split layer set device name".split() if getattr(args, name)]
-    if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0]} and --results: give one of the two; a file of results is scored as it is")
+    of_a_run = [name for name in "run weights data split layer flip_test set device name".split() if getattr(args, name)]
+    if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0].replace('_', '-')} and --results: give one of the two; a file of results is scored as it is")
     if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
         if args.by_category or args.joints is not None: raise ConfigError(f"--split {args.split}: has no annotations here to compare with; leave out --joints and --by-category")
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
@@ -826,6 +827,7 @@ def write_labels(
          option("--threshold", type=share, default=.5, metavar="SCORE",
                 help="lowest score kept, 0 to 1: 0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: %(default)s)"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
+         option("--flip-test", action="store_true", help="predict each image's mirror image too, and average the poses: better ones in twice the time (notebook 32)"),
          option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where overlays and predictions go (default: %(default)s)"),
          option("--csv", action="store_true", help="also write predictions.csv, a row per person"),
          option("--labels", type=Path, metavar="FILE", help="also write the poses in images as COCO annotations, to correct them (in CVAT, for instance) and to train on them; try --threshold 0.9"),
@@ -844,7 +846,8 @@ def run_predict(
     if args.labels and (args.labels.is_dir() or args.labels.resolve() == (args.out / "predictions.json").resolve()): raise PoetError(f"--labels {args.labels}: name another file, such as labels.json")
     sources, device, model = expand_sources(args.sources, args.out), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
-    options, results = PredictOptions(args.threshold, args.batch, device, autocast_dtype(args.amp, device), layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
+    if args.flip_test: flip_order(model)
+    options, results = PredictOptions(args.threshold, args.batch, device, autocast_dtype(args.amp, device), layer=args.layer, flip_test=args.flip_test), ResultsWriter(args.out, categories_of(model), args.csv)
     job = PredictJob(args, model, options, skeleton_of(model), results, len(sources) + (args.webcam is not None))
     job.taken.update(str(s.resolve()).lower() for s in sources if isinstance(s, Path)) # an overlay never replaces a source
     try:
