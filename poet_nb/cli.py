@@ -46,7 +46,7 @@ from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
 from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, flip_order, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
-                            slow_on_gpu, weights_of)
+                            paper_loss, slow_on_gpu, weights_of)
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, READERS, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -254,7 +254,7 @@ def data_coco(
     "`poet data coco`: download the splits that are not there yet."
     fetched = download_coco(args.folder, args.splits, args.subset, base_url=args.base_url, keep_zips=args.keep_zips, progress=not args.quiet)
     for split, n in fetched.items(): print(f"{args.folder / split}: " + (f"{n:,} images downloaded" if n else "all images were there"))
-    if {"train2017", "val2017"} <= set(fetched): print(f"next: poet train --preset poet_r50 --data {shlex.quote(str(args.folder))} --run data/runs/mine")
+    if {"train2017", "val2017"} <= set(fetched): print(f"next: poet train --preset poet_r50_official --data {shlex.quote(str(args.folder))} --run data/runs/mine")
     return 0
 
 # %% ../nbs/33_cli.ipynb #fb46ef9a
@@ -377,7 +377,7 @@ def check_training(
     d, t = config.data, config.train
     data = open_split(d, d.train, with_people_only=d.with_people_only, posed_only=d.unposed == "nobody")
     size = min(t.batch_size // t.accumulate, len(data)) * t.accumulate
-    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1))), slow_on_gpu(config, choose_device(t.device))):
+    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1))), paper_loss(config), slow_on_gpu(config, choose_device(t.device))):
         if text: warnings.warn(text)
     return size
 
@@ -385,7 +385,7 @@ def check_training(
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
-         option("--preset", metavar="NAME", help="poet_tiny (default; with --init that of the weights), poet_tiny_192, poet_tiny_growing, poet_r50, poet_dc5_r50 or ae_r50"),
+         option("--preset", metavar="NAME", help="poet_tiny (default; with --init that of the weights), poet_tiny_192, poet_tiny_growing, poet_r50, poet_r50_official, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, at this http(s) address, of owner/name on the hub, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
