@@ -43,10 +43,10 @@ from .weights import find_weights, is_hub_id, layout, official_poet, read_option
 from .coco_eval import category_scores, evaluate_keypoints, joint_errors, load_ground_truth, load_results, save_results, to_coco_results
 from .distributed import is_main, kept_quiet, leave, was_restarted
 from .bench import FAST, PARTS, bench_lines, run_bench, save_bench
-from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, is_finished, may_change, read_checkpoint, sizes_of
+from .engine import autocast_dtype, best_line, check_sizes, choose_device, compact, evaluate, fit, flip_order, is_finished, may_change, read_checkpoint, sizes_of
 from .results import ResultsWriter, to_labels
 from .checks import (check_data, check_dataset, check_datasets, check_images, check_machine, check_resume, check_runs, check_software, count_cores, few_queries, find_data, load_run, odd_schedule,
-                            slow_on_gpu, weights_of)
+                            paper_loss, slow_on_gpu, weights_of)
 from .export import OPSETS, TOLERANCE, check_export, export_onnx, export_program, load_onnx, load_program
 from .predict import IMAGE_SUFFIXES, READERS, PredictOptions, categories_of, download, files_below, is_url, layer_index as find_layer, load_image, skeleton_of, stream_predictions
 from .video import VIDEO_SUFFIXES, WEBCAM, Frame, VideoFacts, annotate_video, is_video, read_video, read_webcam, video_facts
@@ -254,7 +254,7 @@ def data_coco(
     "`poet data coco`: download the splits that are not there yet."
     fetched = download_coco(args.folder, args.splits, args.subset, base_url=args.base_url, keep_zips=args.keep_zips, progress=not args.quiet)
     for split, n in fetched.items(): print(f"{args.folder / split}: " + (f"{n:,} images downloaded" if n else "all images were there"))
-    if {"train2017", "val2017"} <= set(fetched): print(f"next: poet train --preset poet_r50 --data {shlex.quote(str(args.folder))} --run data/runs/mine")
+    if {"train2017", "val2017"} <= set(fetched): print(f"next: poet train --preset poet_r50_official --data {shlex.quote(str(args.folder))} --run data/runs/mine")
     return 0
 
 # %% ../nbs/33_cli.ipynb #fb46ef9a
@@ -377,7 +377,7 @@ def check_training(
     d, t = config.data, config.train
     data = open_split(d, d.train, with_people_only=d.with_people_only, posed_only=d.unposed == "nobody")
     size = min(t.batch_size // t.accumulate, len(data)) * t.accumulate
-    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1))), slow_on_gpu(config, choose_device(t.device))):
+    for text in (check_images(data, Path(d.root), few=True), few_queries(data, config), few_queries(val, config), odd_schedule(config, t.epochs * (len(data) // max(size, 1))), paper_loss(config), slow_on_gpu(config, choose_device(t.device))):
         if text: warnings.warn(text)
     return size
 
@@ -385,7 +385,7 @@ def check_training(
 @command("train", "Train a POET; leaves a run folder that can be gone on with, evaluated and drawn.",
          "poet train --preset poet_tiny --run data/runs/mine --set train.epochs=5",
          option("--run", "--folder", type=Path, required=True, metavar="FOLDER", help="run folder to make, or to go on with (torchrun takes --run for its own: write --folder there)"),
-         option("--preset", metavar="NAME", help="poet_tiny (default; with --init that of the weights), poet_tiny_192, poet_tiny_growing, poet_r50, poet_dc5_r50 or ae_r50"),
+         option("--preset", metavar="NAME", help="poet_tiny (default; with --init that of the weights), poet_tiny_192, poet_tiny_growing, poet_r50, poet_r50_official, poet_dc5_r50 or ae_r50"),
          option("--config", type=Path, metavar="FILE", help="a config.json, or the run folder that has it, instead of a preset"),
          option("--init", metavar="WEIGHTS", help="start from the weights of this run folder or file, at this http(s) address, of owner/name on the hub, or official: the authors' checkpoint"),
          option("--resume", action="store_true", help="go on where the run was stopped"),
@@ -490,7 +490,7 @@ def score_run(
     if (told or known == COCO_PERSON.keypoints) and known != data.skeleton.keypoints:
         raise DataError(f"{data.annotations_file}: its joints ({', '.join(data.skeleton.keypoints)}) are not those that the run has learnt ({', '.join(known)}); --data names another dataset" +
                         ("" if told else ". The run has no skeleton.json, so its 17 joints count as COCO's person's; if they are those of the data, copy skeleton.json from where it was trained"))
-    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet)[2]
+    with explain_memory(memory_remedy(config, training=False)): results = evaluate(model, config, device, layer=layer_index(args.layer, config), progress=not args.quiet, flip_test=args.flip_test)[2]
     return data, results
 
 # %% ../nbs/33_cli.ipynb #f856464c
@@ -520,7 +520,7 @@ def write_submission(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name): raise ConfigError(f"--name {name}: letters, digits, '-', '_' and '.' only: it becomes part of a file's name")
     if folder.suffix in (".zip", ".json"): raise ConfigError(f"--out {folder}: the server wants a certain name; give a folder here, and --name for your part of the name")
     images, results, stem, device = unlabelled_images(Path(config.data.root), split), [], f"person_keypoints_{split}_{name}_results", next(model.parameters()).device
-    options = PredictOptions(0., min(config.train.batch_size, 32), None, autocast_dtype(config.train.amp, device), config.data, args.layer)
+    options = PredictOptions(0., min(config.train.batch_size, 32), None, autocast_dtype(config.train.amp, device), config.data, args.layer, args.flip_test)
     folder.mkdir(parents=True, exist_ok=True)
     with explain_memory(memory_remedy(config, training=False)), tqdm(total=len(images), unit="img", desc=split, disable=args.quiet) as bar:
         for number, (*_, found) in zip(images, stream_predictions(model, images.values(), options)):
@@ -603,6 +603,7 @@ def read_results(
          option("--run", type=Path, metavar="FOLDER", help=f"run folder (default: {_RUN})"), _WEIGHTS, _DATA,
          option("--split", metavar="NAME", help="split to score (default: data.val of the run); test-dev: make the zip for COCO's server"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
+         option("--flip-test", action="store_true", help="predict each image's mirror image too, and average the poses (notebook 32); not for associative embedding, which has its own"),
          option("--images", choices=["all", "annotated"], default="all", help="annotated: only images with people (default: all)"),
          option("--engine", choices=["numpy", "pycocotools"], default="numpy", help="the same numbers (default: numpy)"),
          option("--joints", type=share, nargs="?", const=0., metavar="SCORE", help="also the error of each joint in pixels, and how many are missed; predictions with a score below SCORE left out (default: none)"),
@@ -617,8 +618,8 @@ def run_eval(
 )->int: # exit code
     "`poet eval`: print how many images were scored, and the ten numbers."
     if bool(args.results) != bool(args.annotations): raise ConfigError("--results and --annotations: give both, or a run with --run")
-    of_a_run = [name for name in "run weights data split layer set device name".split() if getattr(args, name)]
-    if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0]} and --results: give one of the two; a file of results is scored as it is")
+    of_a_run = [name for name in "run weights data split layer flip_test set device name".split() if getattr(args, name)]
+    if args.results and of_a_run: raise ConfigError(f"--{of_a_run[0].replace('_', '-')} and --results: give one of the two; a file of results is scored as it is")
     if test := re.fullmatch(r"test-?dev(2017)?", args.split or ""):
         if args.by_category or args.joints is not None: raise ConfigError(f"--split {args.split}: has no annotations here to compare with; leave out --joints and --by-category")
         path, images, poses = write_submission(args, f"test-dev{test[1] or 2017}")
@@ -826,6 +827,7 @@ def write_labels(
          option("--threshold", type=share, default=.5, metavar="SCORE",
                 help="lowest score kept, 0 to 1: 0.9 keeps what is more likely a person than not (notebook 32), 0.5 also shows doubtful ones (default: %(default)s)"),
          option("--layer", type=int, metavar="N", help="decoder layer, counted from 1 (default: the last)"),
+         option("--flip-test", action="store_true", help="predict each image's mirror image too, and average the poses: better ones in twice the time (notebook 32)"),
          option("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where overlays and predictions go (default: %(default)s)"),
          option("--csv", action="store_true", help="also write predictions.csv, a row per person"),
          option("--labels", type=Path, metavar="FILE", help="also write the poses in images as COCO annotations, to correct them (in CVAT, for instance) and to train on them; try --threshold 0.9"),
@@ -844,7 +846,8 @@ def run_predict(
     if args.labels and (args.labels.is_dir() or args.labels.resolve() == (args.out / "predictions.json").resolve()): raise PoetError(f"--labels {args.labels}: name another file, such as labels.json")
     sources, device, model = expand_sources(args.sources, args.out), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
-    options, results = PredictOptions(args.threshold, args.batch, device, autocast_dtype(args.amp, device), layer=args.layer), ResultsWriter(args.out, categories_of(model), args.csv)
+    if args.flip_test: flip_order(model)
+    options, results = PredictOptions(args.threshold, args.batch, device, autocast_dtype(args.amp, device), layer=args.layer, flip_test=args.flip_test), ResultsWriter(args.out, categories_of(model), args.csv)
     job = PredictJob(args, model, options, skeleton_of(model), results, len(sources) + (args.webcam is not None))
     job.taken.update(str(s.resolve()).lower() for s in sources if isinstance(s, Path)) # an overlay never replaces a source
     try:

@@ -394,11 +394,15 @@ def _ae():
                                   affine_scale=(.75, 1.5), affine_shift=.2, pad_multiple=512),
                   train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
 
+def _official():
+    "What the authors' published command trains, as near as the fields come."
+    return Config(name="poet_r50_official", model=ModelConfig(num_queries=50), loss=LossConfig.official(), train=TrainConfig(epochs=250, lr=5e-5, lr_backbone=5e-6))
+
 def preset(
-    name:str, # "poet_r50", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "poet_tiny_growing" or "ae_r50"
+    name:str, # "poet_r50", "poet_r50_official", "poet_dc5_r50", "poet_tiny", "poet_tiny_192", "poet_tiny_growing" or "ae_r50"
 )->Config:
     "A named configuration. Raises: ConfigError for an unknown name."
-    presets = {"poet_r50": Config, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192, "poet_tiny_growing": _tiny_growing, "ae_r50": _ae,
+    presets = {"poet_r50": Config, "poet_r50_official": _official, "poet_tiny": _tiny, "poet_tiny_192": _tiny_192, "poet_tiny_growing": _tiny_growing, "ae_r50": _ae,
                "poet_dc5_r50": lambda: Config(name="poet_dc5_r50", model=ModelConfig(stride=16), data=DataConfig(max_size=512), train=TrainConfig(batch_size=50, epochs=250))}
     if name not in presets: raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(presets)}")
     return presets[name]()

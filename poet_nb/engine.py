@@ -9,12 +9,12 @@ __all__ = ['PRETRAINING', 'METHODS', 'CHECKPOINTS', 'LOGS', 'choose_device', 'cp
            'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor', 'quality_sigmas', 'PoetLoss',
            'PoetMethod', 'method_of', 'freeze_parts', 'RunState', 'start_phase', 'new_model', 'memory_layout',
            'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step',
-           'on_host', 'compact', 'people_an_image', 'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint',
-           'write_checkpoint', 'has_checkpoint', 'read_checkpoint', 'config_differences', 'may_change', 'restore',
-           'Stopped', 'StopRequest', 'stop_requests', 'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log',
-           'is_scored', 'best_line', 'is_finished', 'check_folder', 'make_folder', 'note_environment', 'data_mark',
-           'only_here', 'finish_pretraining', 'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin',
-           'more_to_do', 'fit', 'describe_line']
+           'on_host', 'compact', 'people_an_image', 'mirrored', 'merge_mirrored', 'flip_order', 'flip_tested',
+           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'has_checkpoint',
+           'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests',
+           'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished',
+           'check_folder', 'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining',
+           'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -27,13 +27,14 @@ from importlib import import_module
 from itertools import islice, zip_longest
 from pathlib import Path
 import numpy as np, scipy, torch, torchvision
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .config import CheckpointError, Config, ConfigError, DataConfig, DataError, NonFiniteError, WorkerError, config_from_dict, hold_lock, names_file, override, read_json, replace_file, save_config, write_atomic, write_json
 from .keypoints import Skeleton, save_categories
 from .coco import CocoKeypoints, check_alike, file_sha256, open_split
-from .transforms import Plan, collate, eval_transforms, image_generator, normalize, one_thread, padded_size, smaller, train_transforms
+from .transforms import NestedTensor, Plan, collate, eval_transforms, image_generator, normalize, one_thread, padded_size, smaller, train_transforms
 from .backbone import fold_batchnorm, freeze_batchnorm, load_backbone_weights
 from .poet import Poet, PostProcess, new_network, save_weights
 from .weights import find_weights, start_from
@@ -626,6 +627,62 @@ def people_an_image(
     "People in the targets of a split, divided by its images."
     return float(data.index.people.count(config.data.unposed == "nobody")[data.rows].sum() / max(len(data.rows), 1))
 
+# %% ../nbs/31_engine.ipynb #6f4c937b
+def mirrored(
+    samples:NestedTensor,
+)->NestedTensor:
+    "Each image of a batch mirrored within its own width; the padding stays where it is."
+    images, W = samples.tensors, samples.tensors.shape[-1]
+    columns = (samples.sizes()[:, 1, None] - 1 - torch.arange(W, device=images.device)) % W # (B, W) where each column comes from
+    return NestedTensor(images.gather(-1, columns[:, None, None].expand_as(images)), samples.mask)
+
+# %% ../nbs/31_engine.ipynb #01db9ed2
+def merge_mirrored(
+    plain:dict,       # of an image, on the CPU: scores (N,), labels (N,), keypoints (N, K, 3) pixels x, y, visibility
+    other:dict,       # of its mirror image: the same with M
+    width:float,      # of the image, pixels
+    order,            # K joints after a mirror, `Skeleton.flip_permutation`
+    reach:float=.25,  # distance of two poses of one person, at most, as a share of their size
+)->dict: # plain, its poses moved towards their partners
+    "Put the predictions of an image and of its mirror image together."
+    a, b = plain["keypoints"], other["keypoints"][:, list(order)]
+    b = torch.cat([width - b[..., :1], b[..., 1:]], -1)
+    long_side = lambda x: (x[..., :2].amax(1) - x[..., :2].amin(1)).amax(-1)
+    size = (long_side(a)[:, None] + long_side(b)).clamp(min=2) / 2                                # (N, M), a pixel at least
+    apart = torch.cdist(*(x[..., :2].flatten(1) for x in (a, b)), compute_mode="donot_use_mm_for_euclid_dist") / a.shape[1]**.5
+    gain = (reach - apart / size).clamp(min=0) * plain["scores"][:, None] * other["scores"] * (plain["labels"][:, None] == other["labels"])
+    gain = gain.nan_to_num(0.)                                                                    # what is no number is not paired, and named elsewhere
+    i, j = map(torch.from_numpy, linear_sum_assignment(gain.numpy(), maximize=True))
+    i, j = (pair[gain[i, j] > 0] for pair in (i, j))
+    share = other["scores"][j] / (plain["scores"][i] + other["scores"][j])
+    keypoints = a.clone()
+    keypoints[i] += share[:, None, None] * (b[j] - a[i])
+    return dict(plain, keypoints=keypoints)
+
+# %% ../nbs/31_engine.ipynb #34c44e66
+def flip_order(
+    model:nn.Module,             # a Poet
+    skeleton:Skeleton|None=None, # of the data, for a model that does not know its own
+)->tuple[int, ...]: # K joints after a mirror
+    "What a flip test has to exchange. Raises: ConfigError for another method, and where left and right are not known."
+    config, own = getattr(model, "config", None), getattr(model, "skeleton", None)
+    if config and config.model.method != "poet": raise ConfigError(f"flip test: this one is POET's; method {config.model.method!r} has its own, field ae.flip_test, which is {str(config.ae.flip_test).lower()} for this model")
+    skeleton = own if skeleton is None or getattr(model, "categories", None) else skeleton
+    if skeleton is None: raise ConfigError("flip test: a model without a skeleton does not tell which joints are left and right")
+    if not skeleton.flip_pairs: raise ConfigError(f"flip test: which joints of {skeleton.name!r} are left and right is not known; add flip_pairs to its category (skeleton.json beside the weights), or leave the flip test out")
+    return skeleton.flip_permutation
+
+def flip_tested(
+    plain:list[dict],      # what `ask` said of the images
+    ask:Callable,          # `people` of a method: (samples, sizes) -> an image each what is predicted
+    samples:NestedTensor,  # normalised
+    sizes:Tensor,          # (B, 2) (height, width) of the original images, pixels
+    order:tuple[int, ...], # of `flip_order`
+)->list[dict]: # on the CPU
+    "Ask about the mirrored images, too, and put both answers together."
+    pairs = zip(on_host(plain), on_host(ask(mirrored(samples), sizes)), sizes[:, 1].tolist())
+    return [merge_mirrored(a, b, width, order) for a, b, width in pairs]
+
 # %% ../nbs/31_engine.ipynb #d19811d5
 @loader_faults()
 @torch.compiler.set_stance("force_eager") # each of its sizes would be compiled
@@ -639,17 +696,22 @@ def evaluate(
     layer:int=-1,                   # decoder layer whose predictions are scored
     progress:bool=True,
     asked=None,                     # a `StopRequest`; set in any process: stop, with Stopped
+    flip_test:bool=False,           # predict the mirrored images too; losses are those of the plain ones
 )->tuple[dict, dict, list]: # COCO numbers, mean losses, COCO results
     "Score a model on the validation split (paper, *COCO keypoint detection challenge*)."
     loader = eval_loader(config, device) if loader is None else loader # one without batches is false
     truth = load_ground_truth(loader.dataset) if truth is None else truth
     judge, found, sums, images = method_of(config).judge(model, config, layer, loader.dataset.skeleton), [], {}, 0
+    again, order = method_of(config).people(model, layer), flip_order(model, loader.dataset.skeleton) if flip_test else None
     share = people_an_image(loader.dataset, config)
     model.eval(); avoid_cudnn_attention(device)
     shared = min(gathered(len(loader)))                                                                # batches that every process has
     for number, (samples, targets) in enumerate(tqdm(steady(loader), total=len(loader), desc="evaluate", disable=not progress, leave=False)):
         if asked is not None and number < shared and any_of(asked.is_set()): raise Stopped
-        with tells_size(samples), autocast(config, device): losses, people = judge(to_device(samples, device, config), targets, share * len(targets), len(targets))
+        with tells_size(samples), autocast(config, device):
+            samples = to_device(samples, device, config)
+            losses, people = judge(samples, targets, share * len(targets), len(targets))
+            if order: people = flip_tested(people, again, samples, torch.stack([t["orig_size"] for t in targets]), order)
         for k, v in zip(losses, torch.stack([v.float() for v in losses.values()]).tolist()): sums[k] = sums.get(k, 0) + v * len(targets)
         images += len(targets)
         people = [compact(p) for p in on_host(people)]

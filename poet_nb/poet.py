@@ -90,7 +90,7 @@ class Poet(nn.Module, LaterMethods):
 
     def heads(self, decoded:Tensor)->list[dict]:
         "(L, B, N, d) decoded queries -> predictions of each layer."
-        with torch.autocast(decoded.device.type, enabled=False):
+        with torch.autocast("cpu" if decoded.is_meta else decoded.device.type, enabled=False): # shapes alone: no autocast is known there
             decoded = decoded.to(self.class_embed.weight.dtype)
             logits = self.class_embed(decoded).float()
             if self.unposed_embed is not None: logits = merge_nobody(logits, self.unposed_embed(decoded).float()) # further down

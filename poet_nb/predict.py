@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .coco import read_image, rgb_array
 from .config import Config, ConfigError, DataConfig, DataError, NonFiniteError, PoetError, is_url
-from .engine import PoetMethod, method_of, on_host, same_size_batches
+from .engine import PoetMethod, flip_order, flip_tested, method_of, on_host, same_size_batches
 from .keypoints import COCO_PERSON, Skeleton
 from .plot import draw_poses, to_image
 from .results import Predictions, image_entry, plain_categories
@@ -164,12 +164,15 @@ def predict_batch(
     sizes:Tensor, # (B, 2) height and width of the original images, pixels
     dtype:torch.dtype|None=None, # of autocast; None: the model's own
     layer:int|None=None, # decoder layer, from 1; None: the last
+    flip_test:bool=False, # ask about the mirrored images, too
 )->list[dict]: # per image scores (Q,), labels (Q,), keypoints (Q, K, 3) pixels x, y, visibility; on the CPU, best first
     "Predict one batch of images that are already resized; every query counts."
     device, config = samples.tensors.device, getattr(model, "config", None)
     ask = (method_of(config) if config else PoetMethod).people(model, layer_index(layer, config))
+    order, samples = flip_order(model) if flip_test else None, normalize(samples, dtype=next(model.parameters()).dtype)
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype not in (None, torch.float32)):
-        found = ask(normalize(samples, dtype=next(model.parameters()).dtype), sizes)
+        found = ask(samples, sizes)
+        if order: found = flip_tested(found, ask, samples, sizes, order)
     return [best_first(image) for image in on_host(found)]
 
 # %% ../nbs/32_predict.ipynb #e2d9be25
@@ -182,6 +185,7 @@ class PredictOptions:
     dtype:torch.dtype|None = None         # of autocast, such as torch.bfloat16; None: none
     data:DataConfig|None = None           # sizes; None: those the model was made for
     layer:int|None = None                 # decoder layer, from 1; None: the last
+    flip_test:bool = False                # ask about the mirrored images, too
 
     def __post_init__(self):
         if self.batch_size < 1: raise PoetError(f"batch_size must be at least 1, not {self.batch_size}")
@@ -265,7 +269,7 @@ def stream_predictions(
     if options.device is not None: model.to(options.device)
     at, training = next(model.parameters()).device, model.training
     model.eval(); avoid_cudnn_attention(at)
-    try: yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer), images, data, options, window, on_bad)
+    try: yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer, options.flip_test), images, data, options, window, on_bad)
     finally: model.train(training)
 
 # %% ../nbs/32_predict.ipynb #49fab6c7
@@ -278,9 +282,10 @@ def iter_predictions(
     dtype:torch.dtype|None=None, # of autocast, such as torch.bfloat16; None: none
     data:DataConfig|None=None, # sizes; None: those the model was made for
     layer:int|None=None, # decoder layer, from 1; None: the last
+    flip_test:bool=False, # ask about the mirrored images, too
 )->Iterator[tuple[str, dict]]: # (name, prediction), in order, while images are still being read
     "Predict image by image, for folders of any length."
-    options = PredictOptions(threshold, batch_size, device, dtype, data, layer)
+    options = PredictOptions(threshold, batch_size, device, dtype, data, layer, flip_test)
     return ((name, found) for name, _, _, found in stream_predictions(model, images, options))
 
 # %% ../nbs/32_predict.ipynb #4a6149fe
@@ -317,9 +322,10 @@ def predict(
     dtype:torch.dtype|None=None, # of autocast, such as torch.bfloat16; None: none
     data:DataConfig|None=None, # sizes; None: those the model was made for
     layer:int|None=None, # decoder layer, from 1; None: the last
+    flip_test:bool=False, # ask about the mirrored images, too
 )->Predictions: # a list; per image a dict scores (N,), labels (N,), keypoints (N, K, 3) in its pixels: x, y, visibility in [0, 1]
     "Poses in images of any kind: torchvision's convention for keypoint detectors, with `to_coco()` and `to_dataframe()`."
-    return collect(stream_predictions(model, images, PredictOptions(threshold, batch_size, device, dtype, data, layer)), categories_of(model))
+    return collect(stream_predictions(model, images, PredictOptions(threshold, batch_size, device, dtype, data, layer, flip_test)), categories_of(model))
 
 # %% ../nbs/32_predict.ipynb #9fbcf5d0
 def even_threshold(

@@ -227,6 +227,12 @@ def test_padding_gets_no_attention(tiny):
         torch.testing.assert_close(out[name].sum(-1), torch.ones(out[name].shape[:-1]))
 
 
+def test_shapes_can_be_computed_without_memory():
+    "On PyTorch's meta device, where there is no autocast: notebook 63 counts there what an image costs."
+    with torch.device("meta"): found = Poet(override(preset("poet_tiny"), **{"model.num_queries": 7}))(torch.zeros(2, 3, 64, 96))
+    assert found["pred_offsets"].shape == (2, 7, 17, 2) and found["pred_offsets"].is_meta
+
+
 def test_order_of_the_queries_and_of_the_images_is_no_matter(tiny):
     batch = torch.randn(3, 3, 48, 48)
     out, order = tiny(batch), torch.randperm(5)
