@@ -59,6 +59,7 @@ class ModelConfig:
     num_keypoints:int = 17           # K
     query_groups:int = 1             # independent query sets in training (1 = the paper)
     positions:str = "layers"         # position code goes to: "layers" (q and k of each), "input" (of the encoder) or "both"
+    quality:bool = False             # a head that estimates each pose's OKS, for the score (False = the paper)
 
 # %% ../nbs/00_config.ipynb #a004eab0
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class LossConfig:
     visibility_loss_coef:float = 0.2   # lambda_L2, visibilities, squared L2
     centers_loss_coef:float = 0.5      # lambda_ctr, centres, squared L2
     absolute_loss_coef:float = 0.0     # centre + offset, L1 (official only)
+    quality_loss_coef:float = 1.0      # weight of the estimated OKS, binary cross-entropy (only with model.quality)
     cost_class:float = 1.0             # weight of -p(class) in the matching cost
     aux_loss:bool = True               # a loss after every decoder layer
 
@@ -234,6 +236,7 @@ class Config:
         if self.train.seed >= 2**32: raise ConfigError(f"field train.seed: {self.train.seed} is too large; it must be below 2**32 ({2**32}), as NumPy wants it")
         if self.model.stride == 4 and self.model.method != "ae":
             raise ConfigError("field model.stride: 4 is not one of 8, 16, 32; only method \"ae\" has it")
+        if self.model.quality and self.model.method == "ae": raise ConfigError("field model.quality: method \"ae\" has no queries whose poses it could judge; set it to false")
         if self.ae.nms % 2 == 0: raise ConfigError(f"field ae.nms: {self.ae.nms} must be odd, so that the window has a middle")
         for name in ("crop_size", "affine_scale"):
             low, high = getattr(self.data, name)

@@ -6,15 +6,15 @@
 __all__ = ['PRETRAINING', 'METHODS', 'CHECKPOINTS', 'LOGS', 'choose_device', 'cpu_capabilities', 'autocast_dtype', 'bf16_speed',
            'environment', 'Growing', 'Augmented', 'EpochBatches', 'FixedBatches', 'loader_faults', 'tells_size',
            'LoaderProcess', 'end_loaders', 'allow_open_files', 'Targets', 'PadTo', 'steady', 'train_loader',
-           'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor', 'PoetLoss', 'PoetMethod', 'method_of',
-           'freeze_parts', 'RunState', 'start_phase', 'new_model', 'memory_layout', 'to_device', 'autocast',
-           'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step', 'on_host', 'compact',
-           'people_an_image', 'mirrored', 'merge_mirrored', 'flip_order', 'flip_tested', 'evaluate', 'mean_sums',
-           'device_numbers', 'save_checkpoint', 'write_checkpoint', 'has_checkpoint', 'read_checkpoint',
-           'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests', 'settle',
-           'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished', 'check_folder',
-           'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining', 'leave_results',
-           'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
+           'same_size_batches', 'eval_loader', 'make_optimizer', 'lr_factor', 'quality_sigmas', 'PoetLoss',
+           'PoetMethod', 'method_of', 'freeze_parts', 'RunState', 'start_phase', 'new_model', 'memory_layout',
+           'to_device', 'autocast', 'update_ema', 'batch_counts', 'forward_all', 'Outcome', 'asks_later', 'train_step',
+           'on_host', 'compact', 'people_an_image', 'mirrored', 'merge_mirrored', 'flip_order', 'flip_tested',
+           'evaluate', 'mean_sums', 'device_numbers', 'save_checkpoint', 'write_checkpoint', 'has_checkpoint',
+           'read_checkpoint', 'config_differences', 'may_change', 'restore', 'Stopped', 'StopRequest', 'stop_requests',
+           'settle', 'train_epoch', 'read_log', 'append_line', 'cut_log', 'is_scored', 'best_line', 'is_finished',
+           'check_folder', 'make_folder', 'note_environment', 'data_mark', 'only_here', 'finish_pretraining',
+           'leave_results', 'end_epoch', 'sizes_of', 'check_sizes', 'begin', 'more_to_do', 'fit', 'describe_line']
 
 # %% ../nbs/31_engine.ipynb #2783caab
 import atexit, copy, errno, json, math, multiprocessing, os, platform, random, re, signal, subprocess, sys, threading, time, zipfile
@@ -341,12 +341,21 @@ def lr_factor(
     if t.schedule == "step": return warm * .1 ** sum(step >= drop * per_epoch for drop in t.lr_drops)
     return warm * (t.lr_end + (1 - t.lr_end) * .5 * (1 + math.cos(math.pi * min(step / (per_epoch * epochs), 1.))))
 
+# %% ../nbs/31_engine.ipynb #9fc149c1
+def quality_sigmas(
+    config:Config,
+    model:nn.Module,             # tells its skeleton where none is given
+    skeleton:Skeleton|None=None, # of the data
+)->tuple: # further arguments of a criterion: (sigmas,), or nothing without a quality head
+    "The OKS sigmas that a quality head learns by."
+    return ((skeleton or model.skeleton).sigmas,) if config.model.quality else ()
+
 # %% ../nbs/31_engine.ipynb #0a29eac6
 class PoetLoss(nn.Module):
     "A POET with its criterion: a batch in, losses out. With query groups every group is matched by itself."
     def __init__(self, model:Poet, config:Config):
         super().__init__()
-        self.poet, self.criterion = model, method_of(config).criterion(config.loss, config.model.num_classes)
+        self.poet, self.criterion = model, method_of(config).criterion(config.loss, config.model.num_classes, *quality_sigmas(config, model))
 
     def forward(self, samples, targets, num_people=None, num_images=None)->dict:
         return self.losses(self.poet(samples), targets, num_people, num_images)
@@ -368,7 +377,7 @@ class PoetMethod:
     @classmethod
     def judge(cls, model:nn.Module, config:Config, layer:int=-1, skeleton=None): # the data's skeleton, for a method whose model does not know its own
         "A function of (samples, targets, num_people, num_images): their losses, and what is predicted for each image, in pixels of the original."
-        criterion, post = cls.criterion(config.loss, config.model.num_classes), PostProcess()
+        criterion, post = cls.criterion(config.loss, config.model.num_classes, *quality_sigmas(config, model, skeleton)), PostProcess()
         def ask(samples, targets, *counts):
             outputs = model(samples)
             sizes = torch.stack([t["orig_size"] for t in targets]).to(outputs["pred_logits"].device)
@@ -815,13 +824,16 @@ def restore(
     found:dict, # of `read_checkpoint`
     config:Config,
     device:torch.device,
+    categories:list[dict]|None=None, # what the model learns; a quality head wants to know its joints
 )->RunState:
     "The state a checkpoint describes. Raises: CheckpointError with the differing fields if it is of another configuration."
     wrong = config_differences(config_from_dict(found["config"], "the checkpoint's configuration").to_dict(), config.to_dict()) # fields that came later have their default
     wrong = [d for d in wrong if d.split(":")[0] not in may_change(config, found["phase"])]
     more = "; with a cosine, which ends with the epochs, further ones are another run: --init with this one's folder" if any(d.startswith("train.epochs") for d in wrong) else ""
     if wrong: raise CheckpointError(f"the checkpoint belongs to another configuration: {'; '.join(wrong)}; resume with the old one or start in a new folder{more}")
-    state = start_phase(found["phase"], new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config), config, device)
+    model = new_model(override(config, **{"train.init": "none"}), "pretrain") if found["phase"] == "pretrain" else new_network(config)
+    model.categories = categories
+    state = start_phase(found["phase"], model, config, device)
     for group in found["optimizer"]["param_groups"]: group["fused"] = state.optimizer.defaults["fused"] # by the device of today
     state.task.load_state_dict(found["task"]); state.optimizer.load_state_dict(found["optimizer"]); state.scaler.load_state_dict(found["scaler"])
     if state.ema is not None: state.ema.load_state_dict(found["ema"])
@@ -1130,7 +1142,8 @@ def begin(config:Config, folder:Path, device:torch.device, resume:bool=False, in
     found = on_main(lambda: check_folder(folder, resume))
     phase = "pretrain" if config.train.pretrain_epochs and init is None else "poet"
     with main_first(): model = None if found else start_from(init, config, test.dataset.categories)[0] if init else new_model(config, phase)
-    state, mark = restore(found, config, device) if found else start_phase(phase, model, config, device), data_mark(loader.dataset.dataset, test.dataset)
+    if model is not None: model.categories = test.dataset.categories
+    state, mark = restore(found, config, device, test.dataset.categories) if found else start_phase(phase, model, config, device), data_mark(loader.dataset.dataset, test.dataset)
     if state.data not in ("", mark): raise CheckpointError(f"{folder}: the run has seen other images or joints than those in {config.data.root}; go on with its own data (--data), or start another run from its weights (--init {folder})")
     state.data = mark
     if not found: seed_process(config.train.seed)

@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from .backbone import FoldedConv2d, fold_batchnorm, freeze_batchnorm
 from .config import CheckpointError, Config, ConfigError, DataConfig, PoetError, config_from_dict, optional, write_atomic
 from .keypoints import Skeleton, offsets_to_keypoints
-from .poet import Poet
+from .poet import Poet, score_queries
 from .position_encoding import sine_positions
 from .predict import PredictOptions, best_first, categories_of, collect, stream_answers
 from .results import Predictions
@@ -80,7 +80,7 @@ class DeployedPoet(nn.Module):
         cells, positions = (t.flatten(2).transpose(1, 2) for t in (grid, positions))
         decoded = net.transformer(cells, positions, net.query_embed.weight[:m.num_queries], padding.flatten(1))
         found = net.heads(decoded[-1:])[0]
-        scores, labels = found["pred_logits"].softmax(-1)[..., :-1].max(-1)
+        scores, labels = score_queries(found)
         points = offsets_to_keypoints(found["pred_centers"], found["pred_offsets"])
         return scores, labels, torch.cat([points, found["pred_visibility"][..., None]], -1)
 
@@ -97,7 +97,7 @@ def describe(
     if joints != wanted: raise ConfigError(f"field model.num_keypoints: the categories have {joints} joints, the model's are {wanted}; give one category a class")
     facts = dict(format=1, preset=config.name, categories=[Skeleton.from_category(c).to_category(c["id"], full=True) for c in categories], config=portable(config).to_dict(),
                  input=dict(color="RGB", shortest_side=data.eval_scale, longest_side=data.max_size, pad_multiple=data.pad_multiple, smallest=SMALLEST),
-                 output=dict(scores="probability of the best class", labels="class, from 0", keypoints="x, y in fractions of the image without padding, visibility"))
+                 output=dict(scores="probability of the best class" + m.quality * " times the root of the estimated OKS", labels="class, from 0", keypoints="x, y in fractions of the image without padding, visibility"))
     return {f"poet.{name}": json.dumps(value) for name, value in facts.items()}
 
 # %% ../nbs/32c_export.ipynb #fa1acba4

@@ -109,7 +109,7 @@ def official_config(
     free:tuple=(),       # fields of ModelConfig that `base` leaves to the file
 )->Config:
     "The configuration of a checkpoint. Raises: CheckpointError where `base` says otherwise."
-    wanted = told | dict(method="poet", backbone_norm="frozen", query_groups=1, positions="layers")
+    wanted = told | dict(method="poet", backbone_norm="frozen", query_groups=1, positions="layers", quality=False)
     wrong = [f"model.{k} is {v!r}, not {getattr(base.model, k)!r}" for k, v in wanted.items() if k not in free and getattr(base.model, k) != v]
     if wrong: raise CheckpointError(f"{where}: not of this configuration: {'; '.join(wrong)}; poet_nb.weights.load_official takes all of it from the file")
     return override(base, **{f"model.{k}": v for k, v in wanted.items()})
@@ -379,6 +379,8 @@ def transplant(
     name, n = "query_embed.weight", min(len(state["query_embed.weight"]), len(own["query_embed.weight"]))
     if len(state[name]) != len(own[name]): told.append(f"queries: the first {n} of {len(state[name])} are taken over, {len(own[name]) - n} are new")
     state[name] = torch.cat([state[name][:n], own[name][n:].to(state[name])])
+    if b.quality and not a.quality: told.append("quality head")
+    state = {k: v for k, v in state.items() if not k.startswith("quality_embed.")} | {k: state.get(k, v) for k, v in own.items() if k.startswith("quality_embed.")}
     fit_state(model, state, "weights of a model with other heads")
     return told
 
@@ -395,14 +397,15 @@ def start_from(
     pose, logits, queries = (state.get(name) for name in ("kpt_embed.layers.2.bias", "class_embed.bias", "query_embed.weight"))
     if m.method != "poet" or pose is None or logits is None or queries is None or len(pose) < 5: return poet_from(path, config), []
     K, C, N = (len(pose) - 2) // 3, 1 if layout(theirs) == "official" else len(logits) - 1, len(queries)
-    alike = N == m.num_queries * m.query_groups
-    donor = poet_from(path, override(config, **{"model.num_keypoints": K, "model.num_classes": C} | ({} if alike else {"model.num_queries": N, "model.query_groups": 1})))
+    alike, judges = N == m.num_queries * m.query_groups, "quality_embed.layers.0.weight" in state
+    if judges and not m.quality: warnings.warn(f"{path}: its quality head is left out, so scores are probabilities of a person; --set model.quality=true keeps it")
+    donor = poet_from(path, override(config, **{"model.num_keypoints": K, "model.num_classes": C, "model.quality": judges} | ({} if alike else {"model.num_queries": N, "model.query_groups": 1})))
     known = getattr(donor, "categories", None)
     old = tuple(known[0]["keypoints"]) if known else PERSON_KEYPOINTS if K == len(PERSON_KEYPOINTS) else ()
     new = tuple(categories[0]["keypoints"]) if categories else ()
     if not known and layout(theirs) == "poet" and new and new != old and (old or len(new) == K):
         warnings.warn(f"{path}: no skeleton.json beside it names its {K} joints, so " + ("they count as those of COCO's person" if old else f"joint 1 becomes joint 1 ({new[0]}), and so on in their order") +
                       ": copy the skeleton.json of its run there if they are others")
-    if alike and (K, C) == (m.num_keypoints, m.num_classes) and (old == new or not old or not new): return donor, []
+    if alike and (K, C, judges) == (m.num_keypoints, m.num_classes, m.quality) and (old == new or not old or not new): return donor, []
     model = new_network(config)
     return model.eval(), transplant(donor, model, old, new)

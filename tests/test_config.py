@@ -42,7 +42,8 @@ CONFIGS = st.fixed_dictionaries({}, optional={f: values(*f) for f in FIELDS}).ma
 def together(part, chosen):
     "Fields that bind each other are set as a pair."
     buckets = dict(pad_multiple=max(32, chosen.get(("data", "pad_multiple"), 32))) if chosen.get(("data", "buckets")) else {}
-    return {"model": dict(hidden_dim=24, nheads=chosen.get(("model", "nheads"), 4)), "train": dict(batch_size=12, accumulate=chosen.get(("train", "accumulate"), 1)), "data": buckets}.get(part, {})
+    quality = bool(chosen.get(("model", "quality"))) and chosen.get(("model", "method")) != "ae"
+    return {"model": dict(hidden_dim=24, nheads=chosen.get(("model", "nheads"), 4), quality=quality), "train": dict(batch_size=12, accumulate=chosen.get(("train", "accumulate"), 1)), "data": buckets}.get(part, {})
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**20, 10**20) | st.floats() | TEXT, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=5)

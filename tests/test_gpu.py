@@ -104,7 +104,7 @@ def test_a_network_with_its_optimiser_and_a_file(there, tmp_path):
 def numbers(log): return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
 
 
-@pytest.mark.parametrize("kind, changes", [("dropout", {"data.buckets": True, "data.pad_multiple": 32}), ("bf16", {}), ("fp16", {"data.unposed": "nobody"}), ("bf16", {"model.method": "ae", "model.stride": 8, "train.pretrain_epochs": 0})])
+@pytest.mark.parametrize("kind, changes", [("dropout", {"data.buckets": True, "data.pad_multiple": 32}), ("bf16", {}), ("bf16", {"model.quality": True}), ("fp16", {"data.unposed": "nobody"}), ("bf16", {"model.method": "ae", "model.stride": 8, "train.pretrain_epochs": 0})])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_run_is_that_of_the_cpu_to_the_bit(scenes, tmp_path, there, alike, device, kind, changes):
     "Pre-training, training, evaluation, in the three precisions; and the other method."
@@ -139,9 +139,10 @@ def test_a_step_that_is_not_finite_changes_nothing_there_either(scenes, tmp_path
     assert bad[0] and bad[0] == bad[1] and numbers(log) == numbers(whole)
 
 
-def test_the_host_waits_once_a_step_and_copies_from_pinned_memory(scenes, there):
+@pytest.mark.parametrize("quality", [False, True])
+def test_the_host_waits_once_a_step_and_copies_from_pinned_memory(scenes, there, quality):
     "For the costs of the matching."
-    config = override(small(scenes, "bf16", **{"train.fused": True, "train.accumulate": 1}), **{"train.device": "cuda"})
+    config = override(small(scenes, "bf16", **{"train.fused": True, "train.accumulate": 1, "model.quality": quality}), **{"train.device": "cuda"})
     with there():
         state = start_phase("poet", new_model(config, "poet"), config, HERE)
         batch, *_ = train_loader(config, HERE)[0]
