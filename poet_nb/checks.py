@@ -310,7 +310,9 @@ def check_resume(
     init:bool=False,  # so was --init
 )->None:
     "Raises: CheckpointError where --resume has nothing to go on from, or would begin anew over results that are there."
-    if not resume or has_checkpoint(run): return
+    if resume and has_checkpoint(run): return
+    if not resume and (run / "config.json").exists(): raise CheckpointError(f"{run}: holds a run already; go on with --resume, or choose another folder")
+    if not resume: return
     if not (run / "config.json").exists(): raise CheckpointError(f"{run}: there is no run to go on with; start it without --resume")
     if any((run / name).exists() for name in ("metrics.jsonl", "pretrain.jsonl", "model.safetensors")):
         remedy = _ANEW if lost_weights(run) else f"start another from its weights: poet train --run OTHER --init {shlex.quote(str(run))}"

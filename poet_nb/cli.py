@@ -814,6 +814,7 @@ def write_labels(
     "Predictions as annotations."
     root = common_folder(sources, words)
     labels = to_labels(json.loads(predictions.read_bytes()), root)
+    if not labels["images"]: return f"{file}: not written, for no image was predicted"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(labels).encode())
     return f"{len(labels['annotations']):,} poses in {len(labels['images']):,} images as annotations: {file}; file names begin below {root}"
@@ -844,6 +845,7 @@ def run_predict(
     if not args.sources and args.webcam is None: raise PoetError("no SOURCE: give images, videos, folders, patterns or addresses, or --webcam N; `poet predict --help` has an example")
     if (args.out / "config.json").is_file(): raise PoetError(f"{args.out}: this is a run folder, and its predictions.json would be replaced; give another --out")
     if args.labels and (args.labels.is_dir() or args.labels.resolve() == (args.out / "predictions.json").resolve()): raise PoetError(f"--labels {args.labels}: name another file, such as labels.json")
+    if args.labels and args.labels.exists(): raise PoetError(f"--labels {args.labels}: is there already, and may have been corrected; name another file, or take this one away")
     sources, device, model = expand_sources(args.sources, args.out), usable_device(args.device), model_of(args.run, args.weights)
     layer_index(args.layer, model.config)
     if args.flip_test: flip_order(model)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BOX_SHARE', 'STAND_INS', 'ANNOTATIONS', 'CLUTTER', 'COCO_URL', 'COCO_SHA256', 'rgb_array', 'read_image',
-           'check_lists', 'read_annotations', 'column', 'ImageTable', 'image_table', 'keypoint_categories',
-           'PersonTable', 'check_ids', 'complete_people', 'odd_people', 'check_poses', 'forget_outside', 'person_table',
-           'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints', 'missing_images', 'annotation_file', 'splits_of',
-           'open_coco', 'open_split', 'check_posed', 'check_alike', 'group_images', 'set_aside', 'lay_out', 'describe',
-           'Source', 'one_at_a_time', 'fetch', 'file_sha256', 'check_zip', 'extract', 'choose_subset', 'write_subset',
-           'fetch_images', 'download_coco']
+           'decode_image', 'check_lists', 'read_annotations', 'column', 'ImageTable', 'image_table',
+           'keypoint_categories', 'PersonTable', 'check_ids', 'complete_people', 'odd_people', 'check_poses',
+           'forget_outside', 'person_table', 'CocoIndex', 'index_coco', 'image_target', 'CocoKeypoints',
+           'missing_images', 'annotation_file', 'splits_of', 'open_coco', 'open_split', 'check_posed', 'check_alike',
+           'group_images', 'set_aside', 'lay_out', 'describe', 'Source', 'one_at_a_time', 'fetch', 'file_sha256',
+           'check_zip', 'extract', 'choose_subset', 'write_subset', 'fetch_images', 'download_coco']
 
 # %% ../nbs/04_coco.ipynb #f8d2e628
-import errno, filecmp, gc, hashlib, io, json, math, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
+import errno, filecmp, gc, hashlib, io, json, os, re, shutil, stat, time, urllib.request, warnings, zipfile, zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from random import Random
+from threading import Lock
 from urllib.error import HTTPError
 
 import cv2
@@ -61,14 +63,22 @@ def _content(path):
     if about.st_size > 2**30: raise ValueError(f"the file has {about.st_size / 2**30:.1f} GB, more than one is no photograph")
     return np.fromfile(path, np.uint8)
 
+def _one_at_a_time():
+    "What is done about warnings is the whole process's business (before Python 3.14), and threads read images; a forked process has a lock of its own."
+    global _WARNINGS
+    _WARNINGS = Lock()
+
+_one_at_a_time()
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_one_at_a_time)
+
 def _header(data):
     "A PIL image of which only the header is read. Raises: ValueError where the pixels would fill the memory."
-    picture, most = None, Image.MAX_IMAGE_PIXELS or math.inf
-    try: picture = Image.open(io.BytesIO(data.tobytes()))
-    except UnidentifiedImageError: raise ValueError("its content is that of no image format") from None
-    except Image.DecompressionBombError: pass                                # from twice as many on; PIL only warns of fewer
-    if picture is None or math.prod(picture.size) > most: raise ValueError(f"it has more than {most:,} pixels: make it smaller, unless it is a decompression bomb")
-    return picture
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try: return Image.open(io.BytesIO(data.tobytes()))
+        except UnidentifiedImageError: raise ValueError("its content is that of no image format") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, unless it is a decompression bomb") from None
 
 def _refuse_stack(picture):
     "Raises: ValueError for a TIFF with further pages of the same size, of which only the first would be read."
@@ -111,6 +121,15 @@ def read_image(
         raise DataError(f"{path}: the image has {image.shape[2]} x {image.shape[1]} pixels, but fields width and height of its annotation "
                         f"say {size[1]} x {size[0]}: the joints would be in the wrong place. Restore the original image or mend the annotations")
     return image
+
+# %% ../nbs/04_coco.ipynb #d32c8563
+def decode_image(
+    content:bytes, # of an image file
+    bits:int=16,   # see `rgb_array`
+)->Tensor: # (3, H, W) uint8 RGB, upright, in memory as (H, W, 3)
+    "Decode an image of any kind. Raises: DataError with the reason."
+    try: return _decode(np.frombuffer(content, np.uint8), None, bits)
+    except Exception as error: raise DataError(f"not a readable image ({error!s:.200})") from error
 
 # %% ../nbs/04_coco.ipynb #496c50e8
 _OUTLINE = re.compile(rb'"segmentation":\s*\[[\[\]0-9eE+\-.,\s]*\]')
@@ -669,6 +688,15 @@ def _below(folder, name):
     "Is there a file of that name in a folder, and not beside it?"
     return isinstance(name, str) and (Path(folder) / name).is_file() and not os.path.isabs(name) and not os.path.normpath(name).startswith("..")
 
+def _refuse_unclear(coco, file):
+    "Raises: DataError where an id is there twice, or an annotation is of no image."
+    for kind in ("images", "annotations"):
+        (twice, n), *_ = Counter(json.dumps(record.get("id")) for record in coco[kind]).most_common(1) or [("", 0)]
+        if n > 1: raise DataError(f"{file}: {n} {kind} have the id {twice}, so it is not clear what belongs to what; were two files joined? Number the {kind} anew (of images also field image_id of their annotations)")
+    known = {json.dumps(image.get("id")) for image in coco["images"]}
+    lost = [a for a in coco["annotations"] if json.dumps(a.get("image_id")) not in known]
+    if lost: raise DataError(f"{file}: {len(lost)} annotations are of images that are not there, the first is annotation {lost[0].get('id')} of image_id {lost[0].get('image_id')!r}; take them out, or mend field image_id")
+
 def lay_out(
     pictures:str|Path, # folder of images
     file:str|Path, # COCO keypoint file of all of them
@@ -680,6 +708,7 @@ def lay_out(
 )->dict[str, int]: # split -> images
     "Copy images and annotations into COCO's layout, some set aside for validation. Raises: DataError, ConfigError."
     coco = read_annotations(file, json.loads)
+    _refuse_unclear(coco, file)
     images = [image for image in coco["images"] if not _below(pictures, image.get("file_name"))]
     if images: raise DataError(f"{len(images)} of the {len(coco['images'])} pictures in {file} are not below {pictures}, the first is {images[0].get('file_name')!r}; mend field file_name")
     groups = group_images(sorted(coco["images"], key=lambda image: str(image.get("id")).zfill(20)), group)

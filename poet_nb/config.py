@@ -253,7 +253,7 @@ def _known(d, cls, where):
     for key in d:
         if key in names: continue
         near = difflib.get_close_matches(key, names, 1)
-        raise ConfigError(f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"))
+        raise ConfigError(f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}") + "; of a newer poet_nb?" * (where.endswith(".json") or ".json" in where))
 
 def config_from_dict(
     d:dict,             # as `Config.to_dict` gives it; missing fields take their default
@@ -343,6 +343,11 @@ def save_config(
     write_json(path, config.to_dict())
 
 # %% ../nbs/00_config.ipynb #f5cede4e
+def _meant(name):
+    "The fields that have a name, for who forgot the part."
+    found = [f"{part}.{f.name}" for part, cls in _PARTS.items() for f in fields(cls) if f.name == name]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
 def override(
     config:Config,
     **changes,     # field "part.name" (dots as double underscores also do) -> value, or text to be read as JSON
@@ -352,7 +357,7 @@ def override(
     for key, value in changes.items():
         part, _, name = key.replace("__", ".").partition(".")
         if key == "name": d["name"] = str(value); continue
-        if part not in _PARTS or not name: raise ConfigError(f"{key}: a field is written part.name, with a part of {', '.join(_PARTS)}")
+        if part not in _PARTS or not name: raise ConfigError(f"{key}: a field is written part.name, with a part of {', '.join(_PARTS)}" + _meant(name or part))
         if isinstance(value, str):
             read = value
             for text in (value, re.sub(r"(?<![\d.])\.(?=\d)", "0.", value)): # .5 is a number too

@@ -1178,6 +1178,7 @@ def fit(
     after_epoch:Callable|None=None, # called with the phase and the line of the log, in the main process
 )->list[dict]: # the log, a dict per epoch
     "Train and evaluate as the configuration says; leaves a run folder. Raises: PoetError; returns early, resumable, on Ctrl-C or SIGTERM."
+    if not isinstance(config, Config): raise ConfigError(f"fit takes a Config, such as preset({config!r}), not {type(config).__name__}" if isinstance(config, str) else f"fit takes a Config, not {type(config).__name__}")
     folder, device, progress = Path(folder), choose_device(config.train.device), progress and is_main()
     with ExitStack() as last, processes(device):
         last.enter_context(only_here(folder))

@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['DOWNLOAD_LIMIT', 'IMAGE_SUFFIXES', 'READERS', 'url_name', 'download', 'load_image', 'files_below', 'list_images',
            'iter_images', 'resize_for_model', 'layer_index', 'best_first', 'predict_batch', 'PredictOptions',
-           'stream_answers', 'stream_predictions', 'iter_predictions', 'collect', 'categories_of', 'skeleton_of',
-           'predict', 'even_threshold', 'draw_predictions']
+           'stream_answers', 'unwrapped', 'evaluating', 'stream_predictions', 'iter_predictions', 'collect',
+           'categories_of', 'skeleton_of', 'predict', 'even_threshold', 'draw_predictions']
 
 # %% ../nbs/32_predict.ipynb #48118eb6
-import mimetypes, os, re, tempfile
+import mimetypes, os, re, tempfile, threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .coco import read_image, rgb_array
+from .coco import decode_image, read_image, rgb_array
 from .config import Config, ConfigError, DataConfig, DataError, NonFiniteError, PoetError, is_url
 from .engine import PoetMethod, flip_order, flip_tested, method_of, on_host, same_size_batches
 from .keypoints import COCO_PERSON, Skeleton
@@ -69,7 +71,7 @@ def download(
 
 # %% ../nbs/32_predict.ipynb #de1ab9e9
 def load_image(
-    image:str|os.PathLike|Image.Image|Tensor|np.ndarray, # path or http address; PIL; tensor (3|1, H, W) or array (H, W[, 3]), uint8 or [0, 1]
+    image:str|os.PathLike|bytes|Image.Image|Tensor|np.ndarray, # path or http address; the content of a file, or an open file; PIL; tensor (3|1, H, W) or array (H, W[, 3]), uint8 or [0, 1]
     bits:int=16, # used by images of 16-bit gray, see `rgb_array` of notebook 04
 )->Tensor: # (3, H, W) uint8 RGB, upright
     "An image of any kind as a uint8 tensor; a DataError names a file that cannot be read."
@@ -79,6 +81,7 @@ def load_image(
             try: return read_image(file, bits=bits)
             except DataError as error: raise DataError(str(error).replace(str(file), image)) from None
     if isinstance(image, (str, os.PathLike)): return read_image(image, bits=bits)
+    if isinstance(image, bytes) or hasattr(image, "read"): return decode_image(image if isinstance(image, bytes) else image.read(), bits)
     array = rgb_array(ImageOps.exif_transpose(image), bits) if isinstance(image, Image.Image) else to_image(image)
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)
 
@@ -106,7 +109,7 @@ def list_images(
 # %% ../nbs/32_predict.ipynb #166b4ea0
 def _is_image(x):
     "One image, not a collection."
-    return isinstance(x, (str, os.PathLike, Image.Image)) or isinstance(x, (Tensor, np.ndarray)) and x.ndim in (2, 3)
+    return isinstance(x, (str, os.PathLike, Image.Image, bytes)) or hasattr(x, "read") or isinstance(x, (Tensor, np.ndarray)) and x.ndim in (2, 3)
 
 def _is_collection(x):
     "A batch, or something to go through."
@@ -114,7 +117,7 @@ def _is_collection(x):
 
 # %% ../nbs/32_predict.ipynb #225274fd
 def iter_images(
-    images, # path, folder, PIL, (3, H, W) tensor, (H, W, 3) array, (B, 3, H, W) tensor, or an iterable of these
+    images, # path, folder, open file, its bytes, PIL, (3, H, W) tensor, (H, W, 3) array, (B, 3, H, W) tensor, or an iterable of these
     name:str="", # name of an image that is no file
 )->Iterator[tuple[str, object]]: # (name, what `load_image` reads)
     "One after another, the images of anything; PoetError if it is of an unknown kind."
@@ -124,7 +127,7 @@ def iter_images(
     elif _is_collection(images):
         for i, image in enumerate(images): yield from iter_images(image, f"{name or 'image'} {i}")
     else: raise PoetError(f"{name or 'images'}: cannot take an image from {type(images).__name__} {np.shape(images) if hasattr(images, 'shape') else ''}: "
-                          "give a path, folder, PIL image, tensor, array or a list of these")
+                          "give a path, folder, open file, bytes, PIL image, tensor, array or a list of these")
 
 # %% ../nbs/32_predict.ipynb #852792c8
 def resize_for_model(
@@ -195,7 +198,8 @@ READERS = min(8, os.cpu_count() or 1) # threads that read files
 
 def _read_shot(name, source, data):
     "(name, source, (height, width) of the original, image as the model sees it)"
-    image = load_image(source, data.bits)
+    try: image = load_image(source, data.bits)
+    except DataError as error: raise error if isinstance(source, (str, os.PathLike)) else DataError(f"{name}: {error}") from None
     return name, source, tuple(image.shape[-2:]), resize_for_model(image, data)
 
 def _begin_window(pool, images, data):
@@ -256,6 +260,32 @@ def stream_answers(
                 if not ahead: begun = begin()
         finally: pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/32_predict.ipynb #ac37fa09
+def unwrapped(
+    model:torch.nn.Module,
+)->torch.nn.Module:
+    "The model inside DataParallel and the like."
+    inside = getattr(model, "module", None)
+    return inside if isinstance(inside, torch.nn.Module) and not hasattr(model, "config") else model
+
+_EVALUATING, _MODES = threading.Lock(), WeakKeyDictionary() # model -> (how many predict with it, the mode it was in)
+
+@contextmanager
+def evaluating(
+    model:torch.nn.Module,
+)->Iterator[None]:
+    "Evaluation mode for as long as the context lasts, or another one of the same model in another thread."
+    with _EVALUATING:
+        users, before = _MODES.get(model, (0, model.training))
+        _MODES[model] = users + 1, before
+        model.eval()
+    try: yield
+    finally:
+        with _EVALUATING:
+            users, before = _MODES[model]
+            if users > 1: _MODES[model] = users - 1, before
+            else: del _MODES[model]; model.train(before)
+
 # %% ../nbs/32_predict.ipynb #4d9912de
 def stream_predictions(
     model:torch.nn.Module, # a Poet, or of another method
@@ -265,12 +295,12 @@ def stream_predictions(
     on_bad:Callable|None=None, # called with name and DataError for an image that can't be read; None: it is raised
 )->Iterator[tuple[str, object, tuple[int, int], dict]]: # name, image as it was given, its (height, width), prediction
     "Predict image by image, with what is needed to draw or to write down the result."
+    model = unwrapped(model)
     data = options.data or getattr(getattr(model, "config", None), "data", None) or DataConfig()
     if options.device is not None: model.to(options.device)
-    at, training = next(model.parameters()).device, model.training
-    model.eval(); avoid_cudnn_attention(at)
-    try: yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer, options.flip_test), images, data, options, window, on_bad)
-    finally: model.train(training)
+    at = next(model.parameters()).device
+    avoid_cudnn_attention(at)
+    with evaluating(model): yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer, options.flip_test), images, data, options, window, on_bad)
 
 # %% ../nbs/32_predict.ipynb #49fab6c7
 def iter_predictions(
@@ -302,6 +332,7 @@ def categories_of(
     model:torch.nn.Module,
 )->list[dict]|None: # COCO categories, one a label; None: not known
     "What a model says it predicts."
+    model = unwrapped(model)
     m = getattr(getattr(model, "config", None), "model", None)
     return getattr(model, "categories", None) or (plain_categories(m.num_keypoints, m.num_classes) if m else None)
 

@@ -119,7 +119,7 @@ def test_commands_of_the_notebook_are_understood():
         run = get_args_parser().parse_args(shlex.split(line.removeprefix("srun --kill-on-bad-exit=1 "))[1:])
         assert (run.training_script, run.module, run.max_restarts) == ("poet_nb.cli", True, 3)
         args = cli.make_parser().parse_args(run.training_script_args)
-        assert args.run == Path("data/runs/coco") and args.preset == "poet_r50", line
+        assert args.run == Path("data/runs/coco") and args.preset == "poet_r50_official", line
         train = override(preset(args.preset), **dict(word.split("=", 1) for word in args.set)).train
         assert train.batch_size // train.accumulate >= int(run.nnodes.split(":")[-1]) * int(run.nproc_per_node), f"{line}: every process needs an image"
     script = text.partition("#!/bin/bash")[2].partition("```")[0]

@@ -1,10 +1,12 @@
 "Drawing and prediction: odd images, odd poses, odd logs, and bytes that do not change."
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -283,6 +285,29 @@ def test_every_mode_is_rgb(picture, tmp_path):
         assert from_file.shape == in_memory.shape == (3, 60, 90) and from_file.dtype == torch.uint8
         assert (from_file.int() - in_memory.int()).abs().float().mean() < 12       # JPEG loses a little
     assert (load_image(wide)[0].numpy() == picture[..., 0]).all()
+
+
+def test_what_a_server_has(picture, tmp_path):
+    "The content of a file, and an open file."
+    file = tmp_path / "x.png"
+    Image.fromarray(picture).save(file)
+    with open(file, "rb") as opened:
+        sources = [file.read_bytes(), io.BytesIO(file.read_bytes()), opened]
+        assert [name for name, _ in iter_images(sources)] == ["image 0", "image 1", "image 2"]
+        for source in sources: assert (load_image(source).permute(1, 2, 0).numpy() == picture).all()
+    with pytest.raises(DataError, match="image 0: not a readable image"): predict(build_poet("poet_tiny"), b"no picture")
+
+
+def test_a_wrapped_model_predicts_as_itself(picture):
+    model = build_poet("poet_tiny")
+    found, whole = predict(torch.nn.DataParallel(model), picture, threshold=0.), predict(model, picture, threshold=0.)
+    assert found[0]["scores"].equal(whole[0]["scores"]) and found[0]["keypoints"].equal(whole[0]["keypoints"]) and found.categories == whole.categories
+
+
+def test_threads_that_predict_with_one_model_leave_it_in_its_mode(picture):
+    model = build_poet("poet_tiny").train()
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: predict(model, picture, threshold=0.)[0]["scores"], range(8)))
+    assert model.training and all(scores.equal(found[0]) for scores in found), "no dropout, and in training again"
 
 
 def test_half_precision_and_read_only_arrays(picture):

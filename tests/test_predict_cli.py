@@ -206,6 +206,8 @@ def test_labels_are_annotations_that_can_be_divided_and_learnt(poet, run, monkey
     monkeypatch.setattr(PostProcess, "forward", sure)
     code, out, err = poet("predict", "new", "--threshold", 0, "--no-overlays", "--labels", "labels.json")
     labels, found = json.loads(Path("labels.json").read_text()), content()
+    again = poet("predict", "new", "--no-overlays", "--labels", "labels.json")
+    assert again[0] == 2 and "labels.json: is there already" in again[2] and json.loads(Path("labels.json").read_text()) == labels
     assert code == 0 and "in 4 images as annotations: labels.json; file names begin below" in out, err
     assert [i["file_name"] for i in labels["images"]] == ["day 0/0.png", "day 0/2.png", "day 1/1.png", "day 1/3.png"] and labels["categories"] == found["categories"]
     assert len(labels["annotations"]) > 20 and len(found["annotations"]) == 25 * 9

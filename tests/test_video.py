@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from poet_nb import video
+from poet_nb import config, video
 from poet_nb.config import DataConfig, DataError, PoetError
 from poet_nb.plot import person_color
 from poet_nb.video import AudioCopy, Tracker, VideoFacts, VideoWriter, annotate_video, is_video, pose_similarity, predict_frames, read_video, read_webcam, ticks, upright, video_facts
@@ -200,7 +200,7 @@ def test_damage_in_the_middle_is_counted_and_the_rest_comes(tmp_path):
 
 def test_without_pyav_there_is_a_remedy(tmp_path, monkeypatch):
     def no(name): raise ImportError(name)
-    monkeypatch.setattr(video, "import_module", no)
+    monkeypatch.setattr(config, "import_module", no)
     with pytest.raises(PoetError, match="pip install 'av>=14'"): next(read_video(tmp_path / "a.mp4"))
 
 

@@ -76,6 +76,18 @@ def test_pictures_elsewhere_are_named(tmp_path, name):
     assert name in str(error.value) and not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize("kind, words", [("images", "2 images have the id 1"), ("annotations", "2 annotations have the id"), ("lost", "1 annotations are of images that are not there")])
+def test_files_in_which_it_is_not_clear_what_belongs_to_what_are_refused(tmp_path, kind, words):
+    "As when two files are joined by hand: joints would end up on another picture, in silence."
+    pictures, file = newts(tmp_path, 3)
+    coco = json.loads(file.read_text())
+    if kind == "lost": coco["annotations"][0]["image_id"] = 77
+    else: coco[kind][1]["id"] = coco[kind][0]["id"] = 1
+    file.write_text(json.dumps(coco))
+    with pytest.raises(DataError, match=f"newts.json: {words}"): lay_out(pictures, file, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
 def frames(tmp_path: Path, videos: list[int]) -> tuple[Path, Path]:
     "Videos of so many frames each, in folders of their own; the frames of all are mixed in the file."
     pictures, file = newts(tmp_path, 1)
@@ -83,7 +95,7 @@ def frames(tmp_path: Path, videos: list[int]) -> tuple[Path, Path]:
     for name in names:
         (pictures / name).parent.mkdir(exist_ok=True)
         os.link(pictures / "1.png", pictures / name)
-    images = [dict(id=i, file_name=name, width=64, height=64) for i, name in enumerate(names, 1)]
+    images = [dict(id=i, file_name=name, width=64, height=64) for i, name in enumerate(names, 101)] # the first is the annotated one
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=images)))
     return pictures, file
 
