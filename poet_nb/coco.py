@@ -683,11 +683,7 @@ def _refuse_other(root, pictures, parts):
         if folder.resolve() in (pictures.resolve(), *pictures.resolve().parents): other = folder
         if other: raise DataError(f"{root}: holds something else already ({other}); nothing is written, choose a new folder")
 
-# %% ../nbs/04_coco.ipynb #2cde47e3
-def _below(folder, name):
-    "Is there a file of that name in a folder, and not beside it?"
-    return isinstance(name, str) and (Path(folder) / name).is_file() and not os.path.isabs(name) and not os.path.normpath(name).startswith("..")
-
+# %% ../nbs/04_coco.ipynb #7a0fdaaf
 def _refuse_unclear(coco, file):
     "Raises: DataError where an id is there twice, or an annotation is of no image."
     for kind in ("images", "annotations"):
@@ -696,6 +692,11 @@ def _refuse_unclear(coco, file):
     known = {json.dumps(image.get("id")) for image in coco["images"]}
     lost = [a for a in coco["annotations"] if json.dumps(a.get("image_id")) not in known]
     if lost: raise DataError(f"{file}: {len(lost)} annotations are of images that are not there, the first is annotation {lost[0].get('id')} of image_id {lost[0].get('image_id')!r}; take them out, or mend field image_id")
+
+# %% ../nbs/04_coco.ipynb #2cde47e3
+def _below(folder, name):
+    "Is there a file of that name in a folder, and not beside it?"
+    return isinstance(name, str) and (Path(folder) / name).is_file() and not os.path.isabs(name) and not os.path.normpath(name).startswith("..")
 
 def lay_out(
     pictures:str|Path, # folder of images

@@ -367,6 +367,14 @@ def override(
         d[part][name] = value
     return config_from_dict(d, "override")
 
+# %% ../nbs/00_config.ipynb #c4c70fe7
+def _ae():
+    "Associative embedding as Table 1 and 2 of the paper have it, at stride 4."
+    return Config(name="ae_r50", model=ModelConfig(method="ae", stride=4, backbone_norm="batch", frozen_stages=0),
+                  data=DataConfig(scales=(512,), max_size=512, eval_scale=512, rotation_prob=1., rotation_degrees=30., dropout_prob=0., crop_prob=0.,
+                                  affine_scale=(.75, 1.5), affine_shift=.2, pad_multiple=512),
+                  train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
+
 # %% ../nbs/00_config.ipynb #9a962161
 def _tiny():
     "The preset for two CPU cores and synthetic people."
@@ -391,13 +399,6 @@ def _tiny_growing():
     "Both halves in one run of about two hours: 128 px first, then 192 px, and one fall of the learning rate over all of it."
     c = _tiny_192()
     return replace(c, name="poet_tiny_growing", train=replace(c.train, epochs=21), data=replace(c.data, small_epochs=10, small_share=2/3))
-
-def _ae():
-    "Associative embedding as Table 1 and 2 of the paper have it, at stride 4."
-    return Config(name="ae_r50", model=ModelConfig(method="ae", stride=4, backbone_norm="batch", frozen_stages=0),
-                  data=DataConfig(scales=(512,), max_size=512, eval_scale=512, rotation_prob=1., rotation_degrees=30., dropout_prob=0., crop_prob=0.,
-                                  affine_scale=(.75, 1.5), affine_shift=.2, pad_multiple=512),
-                  train=TrainConfig(epochs=300, batch_size=192, lr=1.5e-3, lr_backbone=1.5e-3, weight_decay=0., clip_max_norm=0., lr_drops=(200, 260), warmup_steps=500))
 
 def _official():
     "What the authors' published command trains, as near as the fields come."
