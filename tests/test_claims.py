@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import nbformat
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -196,3 +197,13 @@ def test_what_did_not_reproduce_is_named_with_a_reason():
     assert [finding.split(" (")[0] for _, finding, _ in lines] == [verdict for *_, verdict in table().values()], "63 was executed after another 62"
     for statement, finding, why in lines: assert bool(why.strip()) == bool(re.match("does not hold|undecided", finding)), statement
     assert "no run was made, so that goal has not been tried" in printed("63_reproduce")
+
+
+def test_the_flip_tests_numbers_on_the_first_page_are_those_of_the_table():
+    "The cell of notebook 60 takes minutes, so the first page has its numbers typed."
+    text = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in nbformat.read(ROOT / "nbs/60_table1.ipynb", 4).cells if c.cell_type == "code" and "flipped" in c.source for o in c.outputs)
+    rows = {row[0]: row[2:4] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|"))}
+    readme = (ROOT / "README.md").read_text()
+    sentence = readme[readme.index("With a flip test, ours too"):].split("(notebook 60)")[0]
+    for run in ("tiny", "growing", "tiny_128", "quality"): assert " to ".join(rows[run]) in sentence, run
+    assert sentence.count(" from ") == 4
