@@ -4,8 +4,8 @@ import re
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import nbformat
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
