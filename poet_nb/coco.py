@@ -63,13 +63,13 @@ def _content(path):
     if about.st_size > 2**30: raise ValueError(f"the file has {about.st_size / 2**30:.1f} GB, more than one is no photograph")
     return np.fromfile(path, np.uint8)
 
-def _one_at_a_time():
+def _new_lock():
     "What is done about warnings is the whole process's business (before Python 3.14), and threads read images; a forked process has a lock of its own."
     global _WARNINGS
     _WARNINGS = Lock()
 
-_one_at_a_time()
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_one_at_a_time)
+_new_lock()
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_new_lock)
 
 def _header(data):
     "A PIL image of which only the header is read. Raises: ValueError where the pixels would fill the memory."

@@ -39,7 +39,7 @@ from .transforms import shortest_side
 from .poet import Poet, PostProcess, build_poet
 from .matcher import PREDICTIONS, assign, class_cost, pack_targets, pose_cost, stack_outputs
 from .results import plain_categories
-from .predict import even_threshold, load_image, predict, skeleton_of
+from .predict import load_image, predict, skeleton_of, usual_threshold
 from .attention import Observation, cells_at, likely_people, observe
 from .plot_attention import MAP_COLORS, REFERENCE_COLOR, VECTOR_COLORS, pale, times_uniform, window_around
 
@@ -697,8 +697,7 @@ class Watch:
         "The fixed images through the newest weights."
         if not self.images: return []
         model = build_poet(self.run)
-        threshold = even_threshold(model.config.loss.eos_coef) if isinstance(model, Poet) else .5
-        return predict(model, [image for _, image, _ in self.images], threshold)
+        return predict(model, [image for _, image, _ in self.images], usual_threshold(model.config))
 
 # %% ../nbs/44_explore.ipynb #0355f9c2
 def curves(
@@ -898,7 +897,7 @@ class AttentionExplorer(Explorer):
     title = "attention"
 
     def controls(self):
-        m, threshold = self.lab.model.config.model, even_threshold(self.lab.model.config.loss.eos_coef)
+        m, threshold = self.lab.model.config.model, usual_threshold(self.lab.model.config)
         heads = [("mean of heads", 0), *((f"head {h + 1}", h + 1) for h in range(m.nheads))]
         self.threshold, self.opacity = threshold, slider("opacity", 0., 1., .6, .05)
         self.x, self.y = slider("point x", 0, 1, 0), slider("point y", 0, 1, 0)
@@ -938,7 +937,7 @@ class PredictionExplorer(Explorer):
 
     def controls(self):
         m = self.lab.model.config.model
-        self.threshold = slider("threshold", 0., 1., round(even_threshold(self.lab.model.config.loss.eos_coef), 2), .01)
+        self.threshold = slider("threshold", 0., 1., round(usual_threshold(self.lab.model.config), 2), .01)
         self.layer, self.query = slider("decoder layer", 1, m.dec_layers, m.dec_layers), slider("query", 0, m.num_queries - 1, 0)
         for control in (self.threshold, self.layer, self.query): control.observe(self.refresh, "value")
         return [[self.threshold, self.layer, self.query]]

@@ -6,7 +6,7 @@
 __all__ = ['DOWNLOAD_LIMIT', 'IMAGE_SUFFIXES', 'READERS', 'url_name', 'download', 'load_image', 'files_below', 'list_images',
            'iter_images', 'resize_for_model', 'layer_index', 'best_first', 'predict_batch', 'PredictOptions',
            'stream_answers', 'unwrapped', 'evaluating', 'stream_predictions', 'iter_predictions', 'collect',
-           'categories_of', 'skeleton_of', 'predict', 'even_threshold', 'draw_predictions']
+           'categories_of', 'skeleton_of', 'predict', 'even_threshold', 'usual_threshold', 'draw_predictions']
 
 # %% ../nbs/32_predict.ipynb #48118eb6
 import mimetypes, os, re, tempfile, threading
@@ -300,7 +300,9 @@ def stream_predictions(
     if options.device is not None: model.to(options.device)
     at = next(model.parameters()).device
     avoid_cudnn_attention(at)
-    with evaluating(model): yield from stream_answers(lambda samples, sizes: predict_batch(model, samples.to(at), sizes, options.dtype, options.layer, options.flip_test), images, data, options, window, on_bad)
+    def ask(samples, sizes):
+        with evaluating(model): return predict_batch(model, samples.to(at), sizes, options.dtype, options.layer, options.flip_test)
+    yield from stream_answers(ask, images, data, options, window, on_bad)
 
 # %% ../nbs/32_predict.ipynb #49fab6c7
 def iter_predictions(
@@ -364,6 +366,12 @@ def even_threshold(
 )->float: # score, 0.5 for w = 1
     "The score from which a query is a person more likely than not."
     return 1 / (1 + eos_coef)
+
+def usual_threshold(
+    config:Config, # of a model
+)->float: # score
+    "The threshold to begin with where people are shown: the even one, and 0.5 with a quality head, whose scores are no probabilities, or with another method."
+    return even_threshold(config.loss.eos_coef) if config.model.method == "poet" and not config.model.quality else .5
 
 # %% ../nbs/32_predict.ipynb #39bd4e80
 def draw_predictions(

@@ -310,6 +310,15 @@ def test_threads_that_predict_with_one_model_leave_it_in_its_mode(picture):
     assert model.training and all(scores.equal(found[0]) for scores in found), "no dropout, and in training again"
 
 
+def test_a_stream_that_is_left_in_the_middle_holds_nothing(picture):
+    model = build_poet("poet_tiny").train()
+    stream = iter_predictions(model, [picture] * 9, batch_size=1)
+    next(stream)
+    assert model.training
+    predict(model, picture)
+    assert model.training
+
+
 def test_half_precision_and_read_only_arrays(picture):
     locked = picture.copy()
     locked.flags.writeable = False
