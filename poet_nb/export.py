@@ -147,8 +147,7 @@ def trace(
         if not isinstance(body.maxpool, nn.MaxPool2d): raise
         body.maxpool = ThinnedPool()
         program = record()
-    for part in program.graph_module.modules():                          # an autocast is a part of its own
-        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else (): node.meta.pop("stack_trace", None) # paths of this machine
+    for node in program.graph.nodes: node.meta.pop("stack_trace", None) # paths of this machine
     return program
 
 # %% ../nbs/32c_export.ipynb #55cecbe4

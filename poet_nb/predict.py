@@ -11,7 +11,7 @@ __all__ = ['DOWNLOAD_LIMIT', 'IMAGE_SUFFIXES', 'READERS', 'url_name', 'download'
 # %% ../nbs/32_predict.ipynb #48118eb6
 import mimetypes, os, re, tempfile, threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -207,10 +207,8 @@ def _begin_window(pool, images, data):
     begun = []
     try:
         for name, source in images:
-            if isinstance(source, (str, os.PathLike)): begun.append((name, pool.submit(_read_shot, name, source, data))); continue
-            begun.append((name, Future()))
-            try: begun[-1][1].set_result(_read_shot(name, source, data))
-            except Exception as error: begun[-1][1].set_exception(error)
+            begun.append((name, pool.submit(_read_shot, name, source, data)))
+            if not isinstance(source, (str, os.PathLike)): wait([begun[-1][1]])
     except Exception as error:
         begun.append(("", Future()))
         begun[-1][1].set_exception(error)
